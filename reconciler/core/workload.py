@@ -1,0 +1,60 @@
+"""What should run: one Workload for each placement of a Deployment.
+
+Not here: how a backend runs it, or what it saw (observed).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from schemas.cluster import ExternalEndpoint, Provider
+from schemas.deployment import Rollout
+from schemas.function import Model, Readiness, Resources, Runtime
+
+BackendName = Literal["local", "external", "skypilot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """What every replica of a workload runs. A change of it rolls; nothing else does."""
+
+    model: Model
+    served_name: str
+    runtime: Runtime
+    resources: Resources
+    readiness: Readiness
+    endpoints: tuple[ExternalEndpoint, ...] = ()
+    """External clusters only: the engines somebody else runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A deterministic name, a template, and how many. `spec_digest` is of the template alone."""
+
+    name: str
+    deployment: str
+    function: str
+    cluster: str
+    backend: BackendName
+    provider: Provider
+    template: Template
+    spec_digest: str
+    replicas: int
+    rollout: Rollout
+    tenants: tuple[str, ...] = ()
+    """Empty: shared."""
+    weight: int = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """Everything that should run, by workload name; and what must be left as it is.
+
+    `shielded` are deployments whose files do not load: what runs for them is neither changed nor
+    deleted. `prune_blocked` says why nothing at all may be deleted in this pass, where that is so.
+    """
+
+    workloads: dict[str, Workload] = field(default_factory=dict)
+    shielded: frozenset[str] = frozenset()
+    prune_blocked: str = ""
