@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from reconciler.core.workload import BackendName, Workload
+from reconciler.core.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Update:
 class Delete:
     name: str
     deployment: str
-    backend: BackendName
+    backend: str
     reason: str
 
 

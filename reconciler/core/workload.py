@@ -5,6 +5,7 @@ Not here: how a backend runs it, or what it saw (observed).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,12 +50,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Desired:
-    """Everything that should run, by workload name; and what must be left as it is.
+    """Everything that should run, by workload name.
 
-    `shielded` are deployments whose files do not load: what runs for them is neither changed nor
-    deleted. `prune_blocked` says why nothing at all may be deleted in this pass, where that is so.
+    `prune_blocked` says why nothing at all may be deleted in this pass, where that is so.
     """
 
-    workloads: dict[str, Workload] = field(default_factory=dict)
-    shielded: frozenset[str] = frozenset()
+    workloads: Mapping[str, Workload] = field(default_factory=dict)
     prune_blocked: str = ""

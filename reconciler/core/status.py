@@ -1,0 +1,290 @@
+"""What Git shows of the world: one document an object, and a summary. Pure.
+
+Conditions follow Kubernetes: Ready; abnormal-true Reconciling, Stalled, Degraded. A
+lastTransitionTime moves only when its condition's status does, and nothing here depends on rates,
+heartbeats or the clock otherwise, so an unchanged world gives equal bytes. Not here: YAML or Git.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from reconciler.core.action import Noop, Plan
+from reconciler.core.config import ConfigObject, ObjectKey, Problem
+from reconciler.core.last_good import Effective
+from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
+from reconciler.core.unacted import not_acted_on_yet
+from reconciler.core.workload import Desired, Workload
+from schemas.base import API_VERSION
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingView:
+    """What routers serve. `changed_at` is the generation that last changed a deployment's arm."""
+
+    generation: int = 0
+    revision: str = ""
+    routers: Mapping[str, int] = field(default_factory=dict)
+    """Router id -> generation it serves."""
+    changed_at: Mapping[str, int] = field(default_factory=dict)
+
+    def behind(self, deployment: str) -> list[str]:
+        """Routers that do not serve the deployment's newest arm yet."""
+        need = self.changed_at.get(deployment, 0)
+        return sorted(router for router, served in self.routers.items() if served < need)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Everything a status is written from."""
+
+    effective: Effective
+    desired: Desired
+    observed: Sequence[Observation | Unknown]
+    plan: Plan
+    routing: RoutingView
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Workload name -> why its last action failed."""
+    source_problem: str = ""
+    """Why the repo could not be read, where that is so."""
+
+
+def status_path(key: ObjectKey) -> str:
+    return f"status/{key.kind.lower()}/{key.name}.yaml"
+
+
+SUMMARY_PATH = "status/summary.yaml"
+
+
+def documents(world: World, before: Mapping[str, Document], now: str) -> dict[str, Document]:
+    """Path -> document, for every object known and the summary. `now` is RFC 3339 in UTC."""
+    by_deployment: dict[str, list[Workload]] = {}
+    for workload in world.desired.workloads.values():
+        by_deployment.setdefault(workload.deployment, []).append(workload)
+    observed = {
+        name: current
+        for o in world.observed
+        if isinstance(o, Observation)
+        for name, current in o.workloads.items()
+    }
+    errors: dict[ObjectKey, list[Problem]] = {}
+    for problem in world.effective.problems:
+        if problem.key is not None and problem.severity == "error":
+            errors.setdefault(problem.key, []).append(problem)
+
+    made: dict[str, Document] = {}
+    ready: dict[str, bool] = {}
+    for key, obj in sorted(world.effective.objects.items()):
+        facts: Document = {}
+        conditions: list[Document]
+        if key.kind == "Deployment":
+            mine = by_deployment.get(key.name, [])
+            conditions, facts = _deployment(world, key.name, mine, observed)
+        elif key.kind == "Function":
+            conditions, facts = _function(world, key.name, observed)
+        else:
+            conditions = [_condition("Ready", True, "Accepted", "in effect")]
+        conditions = _with_problems(conditions, errors.get(key, []), key in world.effective.held)
+        path = status_path(key)
+        status = _status(obj, world.effective.revision, facts, conditions, before.get(path), now)
+        made[path] = _document(key, status)
+        ready[str(key)] = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+    for key, problems in sorted(errors.items()):
+        path = status_path(key)
+        if path not in made:
+            conditions = _with_problems([], problems, held=False)
+            revision = world.effective.revision
+            status = _status(None, revision, {}, conditions, before.get(path), now)
+            made[path] = _document(key, status)
+            ready[str(key)] = False
+    made[SUMMARY_PATH] = _summary(world, ready)
+    return made
+
+
+def _condition(kind: str, status: bool | None, reason: str, message: str) -> Document:
+    word = "Unknown" if status is None else str(status)
+    return {"type": kind, "status": word, "reason": reason, "message": message}
+
+
+def _deployment(
+    world: World,
+    name: str,
+    workloads: Sequence[Workload],
+    observed: Mapping[str, ObservedWorkload],
+) -> tuple[list[Document], Document]:
+    if not workloads:
+        reason = "no listed cluster meets the placement constraints"
+        return [
+            _condition("Ready", False, "NoPlacement", reason),
+            _condition("Stalled", True, "NoPlacement", reason),
+        ], {}
+    # One workload a deployment today; a canary will have two.
+    workload = workloads[0]
+    current = observed.get(workload.name)
+    held = {a.name: a.reason for a in world.plan.actions if isinstance(a, Noop) and a.held}
+    unknown = {o.backend: o.reason for o in world.observed if isinstance(o, Unknown)}
+    acting = {a.name: a.reason for a in world.plan.effects}
+    facts: Document = {"workload": workload.name, "cluster": workload.cluster}
+    replicas = current.replicas if current else ()
+    fresh = [r for r in replicas if r.spec_digest == workload.spec_digest]
+    up = [r for r in replicas if r.phase is Phase.READY]
+    up_fresh = [r for r in fresh if r.phase is Phase.READY]
+    facts["replicas"] = {
+        "wanted": workload.replicas,
+        "ready": len(up),
+        "updated": len(up_fresh),
+    }
+    leaving = [r for r in replicas if r.phase is Phase.DRAINING]
+    if leaving:
+        facts["replicas"]["draining"] = len(leaving)
+    facts["endpoints"] = [
+        {"replica": r.id, "url": r.url, "phase": r.phase.value}
+        for r in sorted(replicas, key=lambda r: r.id)
+        if r.url and r.phase in (Phase.READY, Phase.DRAINING)
+    ]
+
+    if workload.backend in unknown:
+        text = f"backend {workload.backend} cannot be asked: {unknown[workload.backend]}"
+        return [
+            _condition("Ready", None, "BackendUnknown", text),
+            _condition("Degraded", True, "BackendUnknown", text),
+        ], facts
+    if workload.name in held and current is None:
+        reason = "NotActedOnYet" if workload.backend == "skypilot" else "Held"
+        return [
+            _condition("Ready", False, reason, held[workload.name]),
+            _condition("Stalled", True, reason, held[workload.name]),
+        ], facts
+
+    conditions: list[Document] = []
+    failure = world.failures.get(workload.name, "")
+    complete = len(up_fresh) >= workload.replicas and len(replicas) - len(leaving) == len(up_fresh)
+    behind = world.routing.behind(name)
+    routers = len(world.routing.routers)
+    counted = f"{len(up_fresh)} of {workload.replicas} replicas ready"
+    if complete and not leaving and not behind:
+        reason = "Suspended" if workload.replicas == 0 else "Serving"
+        live = f"; live on {routers} router{'s' * (routers != 1)}" if routers else ""
+        conditions.append(_condition("Ready", True, reason, counted + live))
+    else:
+        why = "RoutersBehind" if complete and behind else "Progressing"
+        waiting = f"; waiting for router {', '.join(behind)}" if complete and behind else ""
+        older = f", {len(up) - len(up_fresh)} of the spec before" if len(up) > len(up_fresh) else ""
+        is_up = complete and not behind
+        conditions.append(
+            _condition("Ready", is_up, "Serving" if is_up else why, counted + older + waiting)
+        )
+        doing = acting.get(workload.name) or (current.detail if current else "") or "converging"
+        conditions.append(_condition("Reconciling", True, why, doing))
+    sick = [r for r in replicas if r.phase in (Phase.FAILED, Phase.NOT_READY)]
+    if failure:
+        conditions.append(_condition("Stalled", True, "ActionFailed", failure))
+    elif current is not None and current.quarantined:
+        conditions.append(_condition("Stalled", True, "Quarantined", current.detail))
+    elif workload.name in held:
+        conditions.append(_condition("Stalled", True, "Held", held[workload.name]))
+    if sick:
+        text = "; ".join(f"{r.id} {r.phase.value}: {r.detail or 'no detail'}" for r in sick[:3])
+        conditions.append(_condition("Degraded", True, "ReplicasFailing", text))
+    return conditions, facts
+
+
+def _function(
+    world: World, name: str, observed: Mapping[str, ObservedWorkload]
+) -> tuple[list[Document], Document]:
+    mine = sorted(
+        (w for w in world.desired.workloads.values() if w.function == name), key=lambda w: w.name
+    )
+    up = sum(observed[w.name].count(Phase.READY) for w in mine if w.name in observed)
+    facts: Document = {"deployments": [w.deployment for w in mine], "readyReplicas": up}
+    if not mine:
+        return [_condition("Ready", False, "NotDeployed", "no Deployment runs it")], facts
+    if up:
+        return [_condition("Ready", True, "Serving", f"{up} replicas ready")], facts
+    return [_condition("Ready", False, "NoReplicas", "no replica is ready")], facts
+
+
+def _with_problems(
+    conditions: list[Document], problems: Sequence[Problem], held: bool
+) -> list[Document]:
+    if not problems:
+        return conditions
+    text = str(problems[0]) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
+    if held:
+        text = f"the last good version stays in effect; {text}"
+    kept = [c for c in conditions if c["type"] != "Stalled"]
+    if not kept:
+        kept = [
+            _condition("Ready", False, "Invalid", "not in effect: the repo's version is invalid")
+        ]
+    return [*kept, _condition("Stalled", True, "Invalid", text)]
+
+
+def _document(key: ObjectKey, status: Document) -> Document:
+    return {
+        "apiVersion": API_VERSION,
+        "kind": key.kind,
+        "metadata": {"name": key.name},
+        "status": status,
+    }
+
+
+def _status(
+    obj: ConfigObject | None,
+    revision: str,
+    facts: Document,
+    conditions: list[Document],
+    before: Document | None,
+    now: str,
+) -> Document:
+    old = (before or {}).get("status", {})
+    times = {
+        (c.get("type"), c.get("status")): c.get("lastTransitionTime")
+        for c in old.get("conditions", [])
+    }
+    status: Document = {}
+    if obj:
+        same = old.get("specDigest") == obj.digest
+        generation = int(old.get("observedGeneration", 0))
+        status["observedGeneration"] = generation if same else generation + 1
+        status["observedRevision"] = old.get("observedRevision") if same else revision
+        status["specDigest"] = obj.digest
+        status["source"] = str(obj.location)
+        if unacted := not_acted_on_yet(obj.value):
+            status["notActedOnYet"] = unacted
+    status |= facts
+    status["conditions"] = [
+        {**c, "lastTransitionTime": times.get((c["type"], c["status"])) or now} for c in conditions
+    ]
+    return status
+
+
+def _summary(world: World, ready: Mapping[str, bool]) -> Document:
+    counts: dict[str, dict[str, int]] = {}
+    for name, is_ready in sorted(ready.items()):
+        count = counts.setdefault(name.split("/", 1)[0], {"total": 0, "ready": 0})
+        count["total"] += 1
+        count["ready"] += is_ready
+    summary: Document = {
+        "apiVersion": API_VERSION,
+        "kind": "Summary",
+        "revision": world.effective.revision,
+        "desiredDigest": world.effective.digest,
+        "objects": counts,
+        "routing": {
+            "generation": world.routing.generation,
+            "revision": world.routing.revision,
+            "routers": len(world.routing.routers),
+        },
+    }
+    if world.source_problem:
+        summary["source"] = world.source_problem
+    if world.plan.refusals:
+        summary["refused"] = list(world.plan.refusals)
+    if world.effective.problems:
+        summary["problems"] = [str(p) for p in world.effective.problems[:100]]
+    return summary

@@ -1,0 +1,54 @@
+"""Which fields that a user set have no effect in this version. Pure; shrinks as they gain one.
+
+Validation accepts them, so that a repo is written once; status says so, so that nobody is misled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from schemas.kinds import ConfigSpec
+
+NOT_YET: Final[dict[str, tuple[str, ...]]] = {
+    "Function": (
+        "runtime.disaggregation",
+        "scaling.maxReplicas",
+        "scaling.metric",
+        "scaling.target",
+        "scaling.upscaleDelay",
+        "scaling.downscaleDelay",
+        "price",
+    ),
+    "Tenant": ("limits", "budget", "gpus", "namespace", "priority", "keys[].limits"),
+    "Cluster": ("gpus", "kai", "agentKeySha256"),
+    "Deployment": (
+        "placement.constraints.spot",
+        "placement.constraints.maxPricePerHour",
+        "rollout.steps",
+        "rollout.gates",
+    ),
+    "Platform": (),
+}
+
+
+def not_acted_on_yet(value: ConfigSpec) -> list[str]:
+    """Paths under `spec` that the user wrote and nothing acts on, in the order of NOT_YET."""
+    return [f"spec.{path}" for path in NOT_YET[value.kind] if _is_set(value.spec, path.split("."))]
+
+
+def _is_set(model: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    head, rest = path[0], path[1:]
+    if isinstance(model, list):
+        return any(_is_set(item, path) for item in model)
+    if not isinstance(model, BaseModel):
+        return False
+    name = head.removesuffix("[]")
+    for field, info in type(model).model_fields.items():
+        if info.alias == name and field in model.model_fields_set:
+            inner = getattr(model, field)
+            return inner is not None and _is_set(inner, rest)
+    return False
