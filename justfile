@@ -1,0 +1,42 @@
+# The project's commands; `just` alone lists them. Uses .venv when there is one, else what is on PATH.
+
+set positional-arguments
+
+export PATH := justfile_directory() / ".venv/bin" + ":" + env("PATH")
+
+_default:
+    @just --list --unsorted
+
+# Everything fast that must hold before a commit: format, lint, types, layers, unit tests
+check:
+    ruff format --check .
+    ruff check .
+    mypy
+    lint-imports
+    pytest tests/unit -q
+
+# Repairs what a machine can: format, and the lint rules that know their own mend
+fix:
+    ruff format .
+    ruff check --fix .
+
+# The default suite: unit, behaviour and contract tests, on two cores
+test *args:
+    pytest -n 2 -m "not e2e and not bench" "$@"
+
+# The whole program with real processes; slower
+test-e2e *args:
+    pytest tests/e2e -m e2e "$@"
+
+# Prints figures; asserts nothing about time
+bench *args:
+    pytest tests/bench -m bench -s -q "$@"
+
+# Everything on this machine, from a copy of the example config repo
+demo *args:
+    detoserve up "$@"
+
+# Writes what is generated from the models: JSON Schemas and docs/kinds.md
+schemas:
+    python -m schemas.json_schema example-config-repo/.schemas
+    python -m schemas.reference docs/kinds.md
