@@ -1,0 +1,85 @@
+"""The edges as the loop sees them: one narrow Protocol each, so that a pass can be tested in memory.
+
+Not here: Backend (backends.base) and Source (sources.base), which have implementations of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from reconciler.core.config import Loaded
+from reconciler.core.last_good import Objects
+from schemas.wire.events import RouterHeartbeat
+from schemas.wire.routing import RoutingTable
+
+
+class Leadership(Protocol):
+    """Whether this reconciler may write, and under which fencing generation."""
+
+    @property
+    def generation(self) -> int | None:
+        """None while another holds the lease, or while nobody can tell."""
+        ...
+
+
+class Routes(Protocol):
+    """The routing table as routers will see it."""
+
+    async def publish(self, table: RoutingTable, *, lease: int) -> int:
+        """The generation under which this content is current; a new one only when it differs.
+
+        Raises:
+            Fenced: a newer reconciler has published.
+            Transient: the store did not answer in time.
+        """
+        ...
+
+    async def current(self) -> RoutingTable | None:
+        """The table as published, verified; None where there is none."""
+        ...
+
+
+class Routers(Protocol):
+    """The live routers by their heartbeats."""
+
+    def alive(self) -> Mapping[str, RouterHeartbeat] | None:
+        """By router id; None while nobody can tell (the store does not answer)."""
+        ...
+
+
+class StatusSink(Protocol):
+    """Where status documents go."""
+
+    async def read(self) -> Mapping[str, bytes]: ...
+
+    async def write(
+        self, documents: Mapping[str, bytes], *, revision: str, plan_digest: str, lease: int
+    ) -> str | None:
+        """The commit made, or None when nothing differed."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The newest commit of the config branch, for confirmations."""
+
+    message: str
+    parents: tuple[str, ...]
+
+
+class Config(Protocol):
+    """The config repo, already read and loaded."""
+
+    head: Head | None
+    rewritten: bool
+    """The newest commit does not descend from the last one seen."""
+
+    async def read(self, last_good: Objects | None) -> Loaded:
+        """Fetches and loads; unchanged files are not parsed again.
+
+        Raises:
+            SourceUnreachable, SourceInvalid: nothing was read; what was in effect stays so.
+        """
+        ...

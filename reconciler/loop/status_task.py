@@ -1,0 +1,125 @@
+"""Writes status to Git soon after it changed, never more often than the debounce, never unchanged.
+
+Runs beside the passes, so that a slow Git remote delays no route. Not here: what status says (core).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from reconciler.core.backoff import delay_s
+from reconciler.core.digest import canonical_digest
+from reconciler.core.status import Document, World, documents
+from reconciler.errors import Fenced, ReconcileError
+from reconciler.loop.ports import Leadership, StatusSink
+from reconciler.publish.status_yaml import parse_document, render_document
+
+log = logging.getLogger("detoserve.reconciler")
+
+
+def rfc3339_now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class StatusTask:
+    """Takes the newest World; what lies between two writes is never seen in Git."""
+
+    def __init__(
+        self,
+        sink: StatusSink,
+        leadership: Leadership,
+        *,
+        debounce_s: Callable[[], float],
+        now: Callable[[], str] = rfc3339_now,
+    ) -> None:
+        self._sink = sink
+        self._leadership = leadership
+        self._debounce_s = debounce_s
+        self._now = now
+        self._world: World | None = None
+        self._dirty = asyncio.Event()
+        self._documents: dict[str, Document] | None = None
+        self._rendered: dict[str, bytes] = {}
+
+    def offer(self, world: World) -> None:
+        """The world as of now; cheap when it equals the last one."""
+        if world != self._world:
+            self._world = world
+            self._dirty.set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Writes until `stop`, and once more then, so that the last word is in Git."""
+        failures = 0
+        stopping = asyncio.create_task(stop.wait())
+        while not stop.is_set():
+            dirty = asyncio.create_task(self._dirty.wait())
+            await asyncio.wait({dirty, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            dirty.cancel()
+            self._dirty.clear()
+            try:
+                await self.write()
+                failures = 0
+                pause_s = self._debounce_s()
+            except ReconcileError as error:
+                failures += 1
+                pause_s = delay_s(
+                    failures,
+                    base_s=1.0,
+                    cap_s=60.0,
+                    jitter_fraction=0.2,
+                    random_value=random.random(),
+                )
+                level = logging.ERROR if isinstance(error, Fenced) else logging.WARNING
+                log.log(level, "status not written, next try in %.0f s: %s", pause_s, error)
+                self._dirty.set()
+            except Exception:
+                log.exception("writing status failed")
+                pause_s = 5.0
+            await asyncio.wait({stopping}, timeout=pause_s)
+        stopping.cancel()
+
+    async def write(self) -> str | None:
+        """One write of the newest world; the commit, or None where nothing differs."""
+        world, lease = self._world, self._leadership.generation
+        if world is None or lease is None:
+            return None
+        if self._documents is None:
+            await self._take_up()
+        before = self._documents or {}
+        made = documents(world, before, self._now())
+        if made == before:
+            return None
+        rendered = {
+            path: self._rendered[path]
+            if before.get(path) == document and path in self._rendered
+            else render_document(document)
+            for path, document in made.items()
+        }
+        commit = await self._sink.write(
+            rendered,
+            revision=world.effective.revision,
+            plan_digest=_plan_digest(world),
+            lease=lease,
+        )
+        self._documents, self._rendered = made, rendered
+        return commit
+
+    async def _take_up(self) -> None:
+        """Starts from what the branch says, so that a restart moves no generation and no time."""
+        stored: Mapping[str, bytes] = await self._sink.read()
+        documents: dict[str, Document] = {}
+        for path, data in stored.items():
+            document: Any = parse_document(data)
+            if isinstance(document, dict):
+                documents[path] = document
+        self._documents, self._rendered = documents, dict(stored)
+
+
+def _plan_digest(world: World) -> str:
+    effects = [[type(a).__name__, a.name, a.reason] for a in world.plan.effects]
+    return canonical_digest(effects)[:12]

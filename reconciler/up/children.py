@@ -1,0 +1,129 @@
+"""A child process that is started again when it dies, and that never outlives its parent.
+
+Two nets: the kernel kills it when the parent dies (PR_SET_PDEATHSIG), and its pid stands in a file
+where the reaper looks. Not here: engines (backends.local) or Valkey (publish.valkey).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from reconciler.core.backoff import delay_s
+
+log = logging.getLogger("detoserve.up")
+
+_PR_SET_PDEATHSIG: Final = 1
+HEALTHY_AFTER_S: Final = 30.0
+
+
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """For preexec: ends this process when its parent ends. A no-op where the kernel has no such thing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum)
+
+
+class Child:
+    """One supervised process. `on_line` gets each line of its standard output."""
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        state_dir: Path,
+        env: Mapping[str, str],
+        on_line: Callable[[str], None],
+        stop_timeout_s: float = 15.0,
+    ) -> None:
+        self.name = name
+        self._argv = list(argv)
+        self._env = dict(env)
+        self._on_line = on_line
+        self._stop_timeout_s = stop_timeout_s
+        self._log_path = state_dir / "logs" / f"{name}.log"
+        self._pid_path = state_dir / "up" / f"{name}.pid"
+        self._stopping = False
+        self._process: asyncio.subprocess.Process | None = None
+        self.restarts = 0
+
+    async def run(self) -> None:
+        """Keeps it running until `stop`; cancelling this kills it."""
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._pid_path.parent.mkdir(parents=True, exist_ok=True)
+        failures = 0
+        loop = asyncio.get_running_loop()
+        try:
+            while not self._stopping:
+                started = loop.time()
+                code = await self._once()
+                if self._stopping:
+                    return
+                failures = 1 if loop.time() - started > HEALTHY_AFTER_S else failures + 1
+                self.restarts += 1
+                pause_s = delay_s(
+                    failures,
+                    base_s=0.2,
+                    cap_s=10.0,
+                    jitter_fraction=0.2,
+                    random_value=random.random(),
+                )
+                log.warning(
+                    "%s ended with %s; started again in %.1f s (its log: %s)",
+                    self.name,
+                    code,
+                    pause_s,
+                    self._log_path,
+                )
+                await asyncio.sleep(pause_s)
+        finally:
+            self._kill()
+            self._pid_path.unlink(missing_ok=True)
+
+    async def _once(self) -> int:
+        with self._log_path.open("ab") as err:
+            process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=err,
+                env=self._env,
+                # Ctrl-C reaches this program alone: it decides in which order things end.
+                start_new_session=True,
+                preexec_fn=die_with_parent,
+            )
+        self._process = process
+        self._pid_path.write_text(f"{process.pid}\n")
+        assert process.stdout is not None
+        async for raw in process.stdout:
+            self._on_line(raw.decode(errors="replace").rstrip("\n"))
+        return await process.wait()
+
+    async def stop(self) -> None:
+        """SIGTERM, time to finish, then SIGKILL."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            async with asyncio.timeout(self._stop_timeout_s):
+                await process.wait()
+        except TimeoutError:
+            log.warning("%s did not end within %g s", self.name, self._stop_timeout_s)
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
