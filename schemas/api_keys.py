@@ -21,10 +21,16 @@ PREFIX: Final = "ds_"
 _BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SHAPE: Final = re.compile(r"ds_[0-9A-Za-z]{10}_[0-9A-Za-z]{49}")
 # Keys of the gateways and vendors that people come from: they must not end up in Git either.
+# A bare sk- is only taken for a key where what follows mixes cases and digits, as names do not.
 _FOREIGN: Final = re.compile(
-    r"sk-(?:proj-|ant-|svcacct-|or-v1-)?[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|sky_[A-Za-z0-9._-]{20,}"
-    r"|gh[pousr]_[A-Za-z0-9]{36,}|glpat-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}"
-    r"|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----"
+    r"(?<![A-Za-z0-9_-])(?:"
+    r"sk-(?:proj|ant|svcacct|or-v1)-[A-Za-z0-9_-]{20,}"
+    r"|sk-(?=[a-z0-9_-]*[A-Z])(?=[A-Z0-9_-]*[a-z])(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}"
+    r"|sk-[0-9a-f]{32}(?![A-Za-z0-9_-])"
+    r"|hf_[A-Za-z0-9]{30,}|sky_eyJ[A-Za-z0-9._-]{20,}|nvapi-[A-Za-z0-9_-]{40,}"
+    r"|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}|glpat-[A-Za-z0-9_-]{20,}"
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Za-z0-9])|AIza[0-9A-Za-z_-]{35}"
+    r")|-----BEGIN (?:[A-Z]+ )?PRIVATE KEY-----"
 )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
-from schemas.base import ObjectModel, StrictModel
-from schemas.quantities import Duration, Size
+from schemas.base import GpuType, ObjectModel, StrictModel, Unique, also, given
+from schemas.limits import Limits
+from schemas.quantities import Duration, PositiveDuration, Size
 from schemas.routing_policy import Routing
 
 Engine = Literal["vllm", "sglang", "triton", "dynamo", "llm-d", "custom", "simulated"]
@@ -24,26 +25,31 @@ Task = Literal[
     "messages",
     "tokenize",
 ]
-_URI: Final = re.compile(
-    r"^(hf://[\w.-]+/[\w.-]+(@[\w.-]+)?|s3://[\w.-]+/\S+|gs://[\w.-]+/\S+|oci://\S+|sim://[\w.-]+|/\S*|\./\S*)$"
+_W: Final = "[A-Za-z0-9_.-]+"
+URI_PATTERN: Final = (
+    rf"^(hf://{_W}/{_W}(@[A-Za-z0-9_./-]+)?|(s3|gs)://{_W}/\S+|oci://{_W}\S+|sim://{_W}|\.?/\S*)$"
 )
-ServedName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w./:@-]+$")]
+_URI: Final = re.compile(URI_PATTERN)
+ServedName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:@-]+$", max_length=200)]
 EnvName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)]
 
 
 class Model(StrictModel):
     """Which weights, and the names clients call them by."""
 
-    uri: str
+    uri: Annotated[str, WithJsonSchema({"type": "string", "pattern": URI_PATTERN})]
     """hf://org/name[@revision], s3://bucket/path, gs://bucket/path, oci://registry/name:tag, sim://name or a path."""
     format: Literal["safetensors", "gguf", "pytorch", "onnx", "tensorrt", "ggml"] | None = None
+    """Of the weights; what the engine finds where unset."""
     quantization: Annotated[str, Field(max_length=40)] | None = None
     """As the engine names it: fp8, awq, gptq, int8."""
     served_name: ServedName | None = None
     """The model name in requests and answers; the function's own name where unset."""
-    aliases: list[ServedName] = Field(default_factory=list, max_length=64)
+    aliases: Annotated[list[ServedName], Field(max_length=64), Unique()] = Field(
+        default_factory=list
+    )
     """Further names that requests may use."""
-    tasks: Annotated[list[Task], Field(min_length=1)] = [
+    tasks: Annotated[list[Task], Field(min_length=1), Unique()] = [
         "chat",
         "completions",
         "responses",
@@ -55,7 +61,7 @@ class Model(StrictModel):
     @field_validator("uri")
     @classmethod
     def _known_scheme(cls, uri: str) -> str:
-        if not _URI.match(uri):
+        if not _URI.fullmatch(uri):
             raise ValueError(
                 f"{uri!r} is no model URI; write hf://org/name, s3://bucket/path, gs://bucket/path, "
                 "oci://registry/name:tag, sim://name or a path that starts with / or ./"
@@ -66,11 +72,20 @@ class Model(StrictModel):
 class SecretRef(StrictModel):
     """Where a secret's value is found at run time; its value is never in Git."""
 
+    model_config = also(
+        {
+            "oneOf": [
+                given(field, {"type": "string"})
+                for field in ("fromEnv", "fromFile", "kubernetesSecret")
+            ]
+        }
+    )
+
     from_env: EnvName | None = None
     """An environment variable of the reconciler."""
-    from_file: Annotated[str, Field(pattern=r"^/")] | None = None
+    from_file: Annotated[str, Field(pattern=r"^/", max_length=1000)] | None = None
     """A file on the reconciler's machine; its content, stripped."""
-    kubernetes_secret: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[\w.-]+$")] | None = None
+    kubernetes_secret: Annotated[str, Field(pattern=r"^[a-z0-9.-]+/[A-Za-z0-9_.-]+$")] | None = None
     """`name/key` of a Secret in the tenant's namespace."""
 
     @model_validator(mode="after")
@@ -84,16 +99,30 @@ class Stage(StrictModel):
     """One side of disaggregated serving: its own replicas and GPUs."""
 
     replicas: Annotated[int, Field(ge=1, le=512)] = 1
+    """Workers of this side, within one replica of the function."""
     gpus: Annotated[int, Field(ge=1, le=64)] = 1
+    """Of each worker."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs that share each layer; at most `gpus`."""
     args: list[str] = Field(default_factory=list)
+    """Added to the command of this side's workers."""
+
+    @model_validator(mode="after")
+    def _fits_its_gpus(self) -> Self:
+        if self.tensor_parallel > self.gpus:
+            raise ValueError(
+                f"tensorParallel {self.tensor_parallel} needs as many gpus, not {self.gpus}"
+            )
+        return self
 
 
 class Disaggregation(StrictModel):
     """Prefill and decode on separate workers (Dynamo, llm-d)."""
 
     prefill: Stage
+    """Reads prompts."""
     decode: Stage
+    """Writes answers."""
     transfer: Literal["nixl", "mooncake", "lmcache"] = "nixl"
     """How KV blocks travel from prefill to decode."""
 
@@ -101,22 +130,45 @@ class Disaggregation(StrictModel):
 class Runtime(StrictModel):
     """The engine and its flags."""
 
+    model_config = also(
+        {
+            "allOf": [
+                {
+                    "if": given("engine", {"const": "custom"}),
+                    "then": given("command", {"minItems": 1}),
+                },
+                {
+                    "if": given("disaggregation", {"type": "object"}),
+                    "then": given("engine", {"enum": ["dynamo", "llm-d", "custom"]}),
+                },
+            ]
+        }
+    )
+
     engine: Engine
-    version: Annotated[str, Field(max_length=40)] | None = None
-    image: Annotated[str, Field(max_length=300)] | None = None
+    """What serves the model. simulated: no model at all, for trying things out."""
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+$", max_length=40)] | None = None
+    """Of the engine; what is installed, or the image's, where unset."""
+    image: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:@-]+$", max_length=300)] | None = None
     """Container image; the engine's own for `version` where unset."""
     command: list[str] = Field(default_factory=list)
     """Replaces the engine's own command. `{port}`, `{host}`, `{model}` and `{replica}` are filled in."""
     args: list[str] = Field(default_factory=list)
-    """Added to the command."""
+    """Added to the command; the same names are filled in."""
     env: dict[EnvName, str] = Field(default_factory=dict)
+    """Environment variables of the engine. Values are text: quote numbers."""
     secrets: dict[EnvName, SecretRef] = Field(default_factory=dict)
     """Environment variable -> where its value is found."""
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """GPUs that share each layer."""
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    """Groups of layers, one after the other."""
     max_model_len: Annotated[int, Field(ge=1, le=100_000_000)] | None = None
+    """Tokens of prompt and answer together; the model's own where unset."""
     prefix_caching: bool = True
+    """The engine keeps the KV cache of prompts for those that begin alike."""
     disaggregation: Disaggregation | None = None
+    """Prefill and decode on separate workers."""
 
     @model_validator(mode="after")
     def _fits_the_engine(self) -> Self:
@@ -126,39 +178,61 @@ class Runtime(StrictModel):
             )
         if self.disaggregation and self.engine not in ("dynamo", "llm-d", "custom"):
             raise ValueError(f"engine {self.engine} has no disaggregation; use dynamo or llm-d")
+        if twice := sorted(self.env.keys() & self.secrets.keys()):
+            raise ValueError(f"{twice[0]} stands under env and under secrets; keep one")
         return self
 
 
 class Gpu(StrictModel):
     """GPUs of one replica."""
 
-    types: Annotated[
-        list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]], Field(min_length=1)
-    ]
+    types: Annotated[list[GpuType], Field(min_length=1), Unique()]
     """Acceptable types, best first: [H100, A100-80GB]."""
     count: Annotated[int, Field(ge=1, le=64)] = 1
+    """All of one replica together."""
 
 
 class Resources(StrictModel):
     """What one replica needs."""
 
     gpu: Gpu | None = None
+    """GPUs; none where unset."""
     cpu: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """Cores, at least."""
     memory: Size | None = None
+    """Main memory, at least."""
     disk: Size | None = None
+    """Room for images and weights, at least."""
 
 
 class Scaling(StrictModel):
     """How many replicas, and by what signal."""
 
+    model_config = also(
+        {
+            "if": given("metric", {"type": "string"}),
+            "then": {
+                "allOf": [
+                    given("target", {"type": "number"}),
+                    given("maxReplicas", {"type": "integer"}),
+                ]
+            },
+            "else": {"properties": {"target": {"type": "null"}}},
+        }
+    )
+
     min_replicas: Annotated[int, Field(ge=0, le=512)] = 1
+    """0: goes to sleep when nobody asks, and wakes when somebody does."""
     max_replicas: Annotated[int, Field(ge=1, le=512)] | None = None
     """minReplicas where unset: a fixed number."""
     metric: Literal["qps", "queueDepth", "kvUsage", "ttft", "concurrency"] | None = None
+    """What is held at the target: requests a second, waiting or running requests, KV cache use, time to first token."""
     target: Annotated[float, Field(gt=0)] | None = None
-    """Of the metric, a replica."""
+    """Of the metric, a replica: requests/s for qps, 0 to 1 for kvUsage, seconds for ttft."""
     upscale_delay: Duration = 300.0
+    """How long the metric must be above its target before a replica is added."""
     downscale_delay: Duration = 1200.0
+    """How long the metric must be below its target before a replica is removed."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -168,18 +242,25 @@ class Scaling(StrictModel):
             )
         if (self.metric is None) != (self.target is None):
             raise ValueError("metric and target belong together: give both or neither")
+        if self.metric is not None and self.max_replicas is None:
+            raise ValueError("scaling by a metric needs maxReplicas")
+        if self.metric == "kvUsage" and self.target is not None and self.target > 1:
+            raise ValueError(
+                f"kvUsage is a share between 0 and 1; its target cannot be {self.target}"
+            )
         return self
 
 
 class Readiness(StrictModel):
     """When a replica may receive requests."""
 
-    path: Annotated[str, Field(pattern=r"^/")] = "/health"
+    path: Annotated[str, Field(pattern=r"^/[^\s#]*$", max_length=500)] = "/health"
+    """Answers 2xx when the engine is ready."""
     initial_delay: Duration = 1200.0
     """How long a new replica may take to become ready before it counts as failed."""
-    timeout: Duration = 15.0
+    timeout: PositiveDuration = 15.0
     """Of one probe."""
-    interval: Duration = 10.0
+    interval: PositiveDuration = 10.0
     """Between probes of a ready replica."""
     failure_threshold: Annotated[int, Field(ge=1, le=100)] = 3
     """Failed probes in a row before a ready replica stops counting as ready."""
@@ -189,23 +270,57 @@ class Price(StrictModel):
     """USD, for budgets and the ledger."""
 
     input_per_million: Annotated[float, Field(ge=0)] = 0.0
+    """A million prompt tokens."""
     output_per_million: Annotated[float, Field(ge=0)] = 0.0
+    """A million answer tokens."""
     cached_input_per_million: Annotated[float, Field(ge=0)] | None = None
-    """inputPerMillion where unset."""
+    """A million prompt tokens found in the cache; inputPerMillion where unset."""
 
 
 class FunctionSpec(StrictModel):
+    """The model, how it runs, and how requests reach it."""
+
     model: Model
+    """Which weights, and the names clients call them by."""
     runtime: Runtime
+    """The engine and its flags."""
     resources: Resources = Field(default_factory=Resources)
+    """What one replica needs."""
     scaling: Scaling = Field(default_factory=Scaling)
+    """How many replicas."""
     readiness: Readiness = Field(default_factory=Readiness)
+    """When a replica may receive requests."""
     routing: Routing = Field(default_factory=Routing)
+    """How requests are spread over replicas."""
+    limits: Limits = Field(default_factory=Limits)
+    """Over all tenants together."""
     price: Price = Field(default_factory=Price)
+    """What tokens cost."""
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        runtime, gpu = self.runtime, self.resources.gpu
+        if self.model.uri.startswith("sim://") and runtime.engine not in ("simulated", "custom"):
+            raise ValueError(
+                f"{self.model.uri} is no model for engine {runtime.engine}; use simulated"
+            )
+        if gpu is None:
+            return self
+        wanted = runtime.tensor_parallel * runtime.pipeline_parallel
+        if runtime.disaggregation:
+            stages = (runtime.disaggregation.prefill, runtime.disaggregation.decode)
+            wanted = sum(stage.replicas * stage.gpus for stage in stages)
+        if wanted > gpu.count:
+            raise ValueError(
+                f"the runtime spreads one replica over {wanted} GPUs, resources.gpu.count is {gpu.count}"
+            )
+        return self
 
 
 class Function(ObjectModel):
     """A model and how to run it."""
 
     kind: Literal["Function"]
+    """Always Function."""
     spec: FunctionSpec
+    """The model and how it runs."""

@@ -6,20 +6,25 @@ Not here: Kubernetes' full quantity grammar (milli-units, exponents): nothing he
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
-_DURATION: Final = re.compile(
-    r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+)ms)?"
-)
+# One pattern for Python and for JSON Schema: ASCII digits, to the millisecond, bounded in length.
 DURATION_PATTERN: Final = (
-    r"^(?=\d)([0-9]+d)?([0-9]+h)?([0-9]+m(?!s))?([0-9]+(\.[0-9]+)?s)?([0-9]+ms)?$"
+    r"^(?=[0-9])(?:([0-9]{1,9})d)?(?:([0-9]{1,9})h)?(?:([0-9]{1,9})m(?!s))?"
+    r"(?:([0-9]{1,9}(?:\.[0-9]{1,3})?)s)?(?:([0-9]{1,12})ms)?$"
 )
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(Ki|Mi|Gi|Ti|K|M|G|T|KB|MB|GB|TB|k)?B?")
-SIZE_PATTERN: Final = r"^[0-9]+(\.[0-9]+)? ?(Ki|Mi|Gi|Ti|k|K|M|G|T)?B?$"
+POSITIVE_DURATION_PATTERN: Final = "^(?=.*[1-9])" + DURATION_PATTERN.removeprefix("^")
+SIZE_PATTERN: Final = r"^(?=.*[1-9])([0-9]{1,15}(?:\.[0-9]{1,3})?) ?(Ki|Mi|Gi|Ti|k|K|M|G|T)?B?$"
+MAX_DURATION_S: Final = 366 * 86400
+MAX_SIZE_BYTES: Final = 2**60
+
+_DURATION: Final = re.compile(DURATION_PATTERN)
+_SIZE: Final = re.compile(SIZE_PATTERN)
 _UNIT: Final = {
-    None: 1,
+    "": 1,
     "k": 10**3,
     "K": 10**3,
     "M": 10**6,
@@ -33,7 +38,7 @@ _UNIT: Final = {
 
 
 def parse_duration_s(text: str) -> float:
-    """`1d`, `2h`, `1h30m`, `15s`, `1.5s`, `250ms` -> seconds.
+    """`1d`, `2h`, `1h30m`, `15s`, `1.5s`, `250ms` -> seconds, to the millisecond.
 
     Raises:
         ValueError: with what would be right.
@@ -41,12 +46,12 @@ def parse_duration_s(text: str) -> float:
     match = _DURATION.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is no duration; write it like 15s, 250ms, 5m or 1h30m")
-    days, hours, minutes, seconds, millis = (float(g) if g else 0.0 for g in match.groups())
-    return days * 86400 + hours * 3600 + minutes * 60 + seconds + millis / 1000
+    days, hours, minutes, seconds, millis = (Decimal(group or 0) for group in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds + millis / 1000)
 
 
 def format_duration(seconds: float) -> str:
-    """The shortest writing of a duration that parses back to it (to the millisecond)."""
+    """The shortest writing of a duration that parses back to it, to the millisecond."""
     millis = round(seconds * 1000)
     if millis == 0:
         return "0s"
@@ -59,24 +64,27 @@ def format_duration(seconds: float) -> str:
 
 
 def parse_size_bytes(text: str) -> int:
-    """`512Mi`, `16Gi`, `80GB`, `1024` -> bytes.
+    """`512Mi`, `16Gi`, `80GB`, `1024` -> bytes; a part of a byte is rounded.
 
     Raises:
         ValueError: with what would be right.
     """
     match = _SIZE.fullmatch(text)
-    unit = match.group(2) if match else None
-    if match is None or (unit or None) not in _UNIT:
-        raise ValueError(f"{text!r} is no size; write it like 512Mi, 16Gi or 80GB")
-    return round(float(match.group(1)) * _UNIT[unit])
+    if match is None:
+        raise ValueError(f"{text!r} is no size above 0; write it like 512Mi, 16Gi or 80GB")
+    return round(Decimal(match.group(1)) * _UNIT[match.group(2) or ""])
 
 
 def format_size(size_bytes: int) -> str:
-    """The shortest exact writing of a size."""
-    for unit in ("Ti", "Gi", "Mi", "Ki"):
-        if size_bytes and size_bytes % _UNIT[unit] == 0:
-            return f"{size_bytes // _UNIT[unit]}{unit}"
-    return str(size_bytes)
+    """The shortest exact writing of a size; powers of two where both are as short."""
+    return min(
+        (
+            f"{size_bytes // factor}{unit}"
+            for unit in ("Ti", "Gi", "Mi", "Ki", "T", "G", "M", "k", "")
+            if size_bytes % (factor := _UNIT[unit]) == 0
+        ),
+        key=len,
+    )
 
 
 def _duration(value: Any) -> Any:
@@ -87,6 +95,13 @@ def _duration(value: Any) -> Any:
     return value
 
 
+def _positive_duration(value: Any) -> Any:
+    seconds = _duration(value)
+    if seconds == 0:
+        raise ValueError(f"{value!r} must be above 0; write it like 15s, 250ms, 5m or 1h30m")
+    return seconds
+
+
 def _size(value: Any) -> Any:
     if isinstance(value, str):
         return parse_size_bytes(value)
@@ -95,20 +110,33 @@ def _size(value: Any) -> Any:
     return value
 
 
+def _text(pattern: str, *examples: str) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", "pattern": pattern, "examples": list(examples)})
+
+
 Duration = Annotated[
     float,
     BeforeValidator(_duration),
-    Field(ge=0, le=366 * 86400),
+    Field(ge=0, le=MAX_DURATION_S),
     PlainSerializer(format_duration, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": DURATION_PATTERN, "examples": ["15s", "1h30m"]}),
+    _text(DURATION_PATTERN, "15s", "1h30m"),
 ]
 """Seconds inside, `15s` outside."""
+
+PositiveDuration = Annotated[
+    float,
+    BeforeValidator(_positive_duration),
+    Field(gt=0, le=MAX_DURATION_S),
+    PlainSerializer(format_duration, return_type=str),
+    _text(POSITIVE_DURATION_PATTERN, "15s", "1h30m"),
+]
+"""Where zero would mean never, or without pause."""
 
 Size = Annotated[
     int,
     BeforeValidator(_size),
-    Field(ge=0),
+    Field(gt=0, le=MAX_SIZE_BYTES),
     PlainSerializer(format_size, return_type=str),
-    WithJsonSchema({"type": "string", "pattern": SIZE_PATTERN, "examples": ["16Gi", "80GB"]}),
+    _text(SIZE_PATTERN, "16Gi", "80GB"),
 ]
 """Bytes inside, `16Gi` outside."""

@@ -5,12 +5,12 @@ Not here: how the score is computed (router.core).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from schemas.base import Name, StrictModel
-from schemas.quantities import Duration
+from schemas.base import Name, StrictModel, Unique
+from schemas.quantities import PositiveDuration
 
 PolicyName = Literal[
     "expected-latency",
@@ -36,23 +36,30 @@ class Weights(StrictModel):
     latency: Weight = 0.15
     """Network round trip to the replica."""
 
+    @model_validator(mode="after")
+    def _some_signal(self) -> Self:
+        if not (self.kv_cache or self.session or self.load or self.latency):
+            raise ValueError("all four weights are 0: nothing would tell replicas apart")
+        return self
+
 
 class SessionAffinity(StrictModel):
     """Which requests count as one conversation, and for how long its replica is remembered."""
 
     enabled: bool = True
-    ttl: Duration = 1800.0
+    """Whether a session's replica is remembered at all."""
+    ttl: PositiveDuration = 1800.0
     """How long a pin outlives the session's last request."""
 
 
 class Timeouts(StrictModel):
     """Deadlines of one attempt at one replica. There is deliberately no total one."""
 
-    connect: Duration = 2.0
+    connect: PositiveDuration = 2.0
     """To open a connection to the replica."""
-    first_byte: Duration = 120.0
+    first_byte: PositiveDuration = 120.0
     """From the request sent to the first byte of the answer: queueing and prefill."""
-    between_chunks: Duration = 60.0
+    between_chunks: PositiveDuration = 60.0
     """Between two chunks of a streamed answer."""
 
 
@@ -69,11 +76,18 @@ class Routing(StrictModel):
     """How requests for a function are spread over its replicas. What is unset comes from Platform."""
 
     policy: PolicyName | None = None
+    """How a replica is chosen."""
     weights: Weights | None = None
+    """Of the four signals, for the policies expected-latency and linear."""
     session_affinity: SessionAffinity | None = None
+    """Whether conversations stay where they were."""
     timeouts: Timeouts | None = None
+    """Deadlines of one attempt."""
     retries: Retries | None = None
-    fallbacks: list[Name] = Field(default_factory=list, max_length=8)
+    """Attempts on other replicas."""
+    max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    """Requests on one replica at once; further ones go elsewhere or wait. Unset: no such limit."""
+    fallbacks: Annotated[list[Name], Field(max_length=8), Unique()] = Field(default_factory=list)
     """Functions to try, in order, when this one cannot answer."""
 
 
@@ -81,7 +95,32 @@ class RoutingDefaults(StrictModel):
     """What a function's routing is where it does not say."""
 
     policy: PolicyName = "expected-latency"
+    """How a replica is chosen."""
     weights: Weights = Field(default_factory=Weights)
+    """Of the four signals, for the policies expected-latency and linear."""
     session_affinity: SessionAffinity = Field(default_factory=SessionAffinity)
+    """Whether conversations stay where they were."""
     timeouts: Timeouts = Field(default_factory=Timeouts)
+    """Deadlines of one attempt."""
     retries: Retries = Field(default_factory=Retries)
+    """Attempts on other replicas."""
+
+
+_Group = TypeVar("_Group", Weights, SessionAffinity, Timeouts, Retries)
+
+
+def _over(base: _Group, mine: _Group | None) -> _Group:
+    if mine is None:
+        return base
+    return base.model_copy(update={name: getattr(mine, name) for name in mine.model_fields_set})
+
+
+def resolve(mine: Routing, defaults: RoutingDefaults) -> RoutingDefaults:
+    """A function's effective routing, field by field: what it wrote itself, else Platform's."""
+    return RoutingDefaults.model_construct(
+        policy=mine.policy or defaults.policy,
+        weights=_over(defaults.weights, mine.weights),
+        session_affinity=_over(defaults.session_affinity, mine.session_affinity),
+        timeouts=_over(defaults.timeouts, mine.timeouts),
+        retries=_over(defaults.retries, mine.retries),
+    )

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, Field, model_validator
+from pydantic import AwareDatetime, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from schemas.base import Name, ObjectModel, StrictModel
+from schemas.base import Name, ObjectModel, Sha256Hex, StrictModel, Unique, Word
+from schemas.limits import Limits as Limits  # noqa: PLC0414 - part of this module's names
 
 Scope = Literal["inference", "debug", "usage"]
-Instant = Annotated[AwareDatetime, Field(strict=False)]
-Pattern = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\w./:@*?\[\]!-]+$")]
+Glob = Annotated[str, Field(pattern=r"^[A-Za-z0-9_./:@*?\[\]!-]+$", max_length=200)]
+
+INSTANT_PATTERN: Final = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}:[0-9]{2})$"
 
 
-class Limits(StrictModel):
-    """Ceilings over all routers together; unset means no ceiling."""
+def _instant(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(INSTANT_PATTERN, value):
+        raise ValueError(
+            f"{value!r} is no instant with a time zone; write it like '2027-01-31T00:00:00Z'"
+        )
+    return value
 
-    requests_per_minute: Annotated[int, Field(ge=0)] | None = None
-    tokens_per_minute: Annotated[int, Field(ge=0)] | None = None
-    concurrent: Annotated[int, Field(ge=0)] | None = None
+
+Instant = Annotated[
+    AwareDatetime,
+    Field(strict=False),
+    BeforeValidator(_instant),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "format": "date-time",
+            "pattern": INSTANT_PATTERN,
+            "examples": ["2027-01-31T00:00:00Z"],
+        }
+    ),
+]
 
 
 class Key(StrictModel):
     """One API key. `detoserve keys create` prints the key once and writes this."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    """Public: it appears in logs, metrics and the ledger."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """SHA-256 of the whole key, in hex."""
+    """Public: it appears in logs, metrics and the ledger. Unique over all tenants."""
+    sha256: Sha256Hex
+    """SHA-256 of the whole key, in lower-case hex."""
     not_before: Instant | None = None
+    """Refused before this instant."""
     expires: Instant | None = None
-    scopes: Annotated[list[Scope], Field(min_length=1)] = ["inference"]
+    """Refused from this instant on. Unset: never."""
+    scopes: Annotated[list[Scope], Field(min_length=1), Unique()] = ["inference"]
+    """inference: ask models. debug: choose a replica, see decisions. usage: read the tenant's usage."""
     limits: Limits = Field(default_factory=Limits)
     """Under the tenant's own."""
 
@@ -45,7 +69,9 @@ class Budget(StrictModel):
     """A calendar month's, in UTC."""
 
     monthly_usd: Annotated[float | None, Field(ge=0, alias="monthlyUSD")] = None
+    """USD, at the functions' prices."""
     monthly_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Prompt and answer tokens."""
     soft_percent: Annotated[float, Field(ge=0, le=100)] = 80.0
     """A warning from here on; requests are refused at 100 %."""
 
@@ -68,18 +94,28 @@ class Gpus(StrictModel):
 
 
 class TenantSpec(StrictModel):
+    """Keys, what they open, and how much."""
+
     keys: Annotated[list[Key], Field(max_length=64)] = Field(default_factory=list)
-    models: list[Pattern] = Field(default_factory=list)
+    """API keys, by hash. Several may live at once, so that rotation overlaps."""
+    models: Annotated[list[Glob], Unique()] = Field(default_factory=list)
     """Function names the tenant may use; globs allowed. Empty: none."""
-    clusters: list[Pattern] = Field(default_factory=lambda: ["*"])
+    clusters: Annotated[list[Glob], Unique()] = Field(default_factory=lambda: ["*"])
     """Clusters its requests may be served from; globs allowed."""
+    residency: Annotated[list[Word], Unique()] = Field(default_factory=list)
+    """Its requests are served only from clusters that carry every one of these labels."""
     limits: Limits = Field(default_factory=Limits)
+    """Over all its keys together."""
     budget: Budget = Field(default_factory=Budget)
+    """What it may spend in a month."""
     gpus: Gpus = Field(default_factory=Gpus)
+    """Its share of GPUs."""
     namespace: Name | None = None
     """Kubernetes namespace of what runs for this tenant alone."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Higher is served first when replicas are full."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """Its share of full replicas, against tenants of the same priority."""
     suspend: bool = False
     """Refuses the tenant's new requests; streams finish."""
 
@@ -88,6 +124,8 @@ class TenantSpec(StrictModel):
         ids = [key.id for key in self.keys]
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ValueError(f"key id {twice[0]!r} stands twice; every key needs its own id")
+        if len({key.sha256 for key in self.keys}) < len(self.keys):
+            raise ValueError("two key ids carry one sha256; every key stands once")
         return self
 
 
@@ -95,4 +133,6 @@ class Tenant(ObjectModel):
     """Who may use which models, and how much."""
 
     kind: Literal["Tenant"]
+    """Always Tenant."""
     spec: TenantSpec
+    """What the tenant may do."""
