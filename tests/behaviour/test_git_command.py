@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from reconciler.git_command import (
+    GitFailed,
+    GitTimeout,
+    environment,
+    protocol_of,
+    redact,
+    run_git,
+)
+
+CANARY = "canary-5f1d"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"fatal: unable to access 'https://user:{CANARY}@host/x.git/': 401",
+        f"https://{CANARY}@host/x",
+        f"https://user:p@{CANARY}@host/x",
+        f"ssh://git:{CANARY}@host:22/x",
+        f"https://host/x.git?access_token={CANARY}&a=1",
+        f"https://host/x.git?private_token={CANARY}",
+        f"-c http.extraHeader=Authorization: Bearer {CANARY}",
+        f"authorization: {CANARY}",
+        f"PRIVATE-TOKEN: {CANARY}",
+        f"ghp_{CANARY.replace('-', '')}",
+        f"glpat-{CANARY}",
+    ],
+)
+def test_credentials_are_taken_out(text: str) -> None:
+    assert CANARY not in redact(text)
+    assert CANARY.replace("-", "") not in redact(text)
+
+
+def test_the_rest_stays_readable() -> None:
+    assert redact("https://u:p@host/a/b.git refs/heads/main") == (
+        "https://***@host/a/b.git refs/heads/main"
+    )
+    assert redact("git@host:a/b.git") == "git@host:a/b.git"
+
+
+@pytest.mark.parametrize(
+    ("remote", "protocol"),
+    [
+        ("https://host/x", "https"),
+        ("HTTP://host/x", "http"),
+        ("ssh://host/x", "ssh"),
+        ("git://host/x", "git"),
+        ("git@host:x.git", "ssh"),
+        ("host:x", "ssh"),
+        ("/srv/x.git", "file"),
+        ("./a:b/x", "file"),
+        ("x", "file"),
+        ("file:///srv/x", "file"),
+    ],
+)
+def test_a_remote_names_its_one_transport(remote: str, protocol: str) -> None:
+    assert protocol_of(remote) == protocol
+
+
+@pytest.mark.parametrize("remote", ["ext::sh -c x", "ftp://host/x", f"weird://u:{CANARY}@host"])
+def test_other_transports_are_refused(remote: str) -> None:
+    with pytest.raises(ValueError, match="use https://") as error:
+        protocol_of(remote)
+    assert CANARY not in str(error.value)
+
+
+def test_surroundings_cannot_redirect_git() -> None:
+    base = {
+        "HOME": "/home/x",
+        "GIT_DIR": "/elsewhere",
+        "GIT_TRACE_CURL": "1",
+        "GIT_INDEX_FILE": "i",
+        "GIT_SSH_COMMAND": "ssh -i key",
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "credential.helper",
+        "GIT_CONFIG_VALUE_0": "store",
+    }
+    made = environment(base, protocol=None)
+    assert {"GIT_DIR", "GIT_TRACE_CURL", "GIT_INDEX_FILE"}.isdisjoint(made)
+    assert made["HOME"] == "/home/x"
+    assert made["GIT_SSH_COMMAND"] == "ssh -i key"
+    assert made["GIT_CONFIG_VALUE_0"] == "store"
+    assert made["GIT_ALLOW_PROTOCOL"] == "none"
+
+
+async def test_a_failure_tells_the_command_and_gits_words(tmp_path: Path) -> None:
+    await run_git(tmp_path / "r.git", "init", "--bare", "--quiet")
+    with pytest.raises(GitFailed, match="git rev-parse --verify nothing: fatal") as error:
+        await run_git(tmp_path / "r.git", "rev-parse", "--verify", "nothing")
+    assert error.value.returncode == 128
+
+
+async def test_a_transport_that_was_not_asked_for_is_refused(tmp_path: Path) -> None:
+    await run_git(tmp_path / "r.git", "init", "--bare", "--quiet")
+    with pytest.raises(GitFailed, match="transport 'file' not allowed"):
+        await run_git(tmp_path / "r.git", "ls-remote", str(tmp_path / "r.git"), protocol="https")
+
+
+async def test_a_hanging_git_and_its_children_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run_git(tmp_path / "r.git", "init", "--bare", "--quiet")
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
+    ssh.chmod(ssh.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("GIT_SSH", str(ssh))
+    started = time.monotonic()
+    with pytest.raises(GitTimeout, match=r"no end after 0\.5 s"):
+        await run_git(
+            tmp_path / "r.git", "ls-remote", "ssh://h/x", protocol="ssh", timeout_s=0.5
+        )
+    assert time.monotonic() - started < 5
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(pid, 0)
+            await asyncio.sleep(0.02)
