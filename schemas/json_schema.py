@@ -122,16 +122,18 @@ def render() -> dict[str, str]:
     return {name: json.dumps(schema, indent=2) + "\n" for name, schema in schemas().items()}
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 1:
-        print("usage: python -m schemas.json_schema DIR", file=sys.stderr)  # noqa: T201 - a command
-        return 2
-    directory = Path(argv[0])
+def write(directory: Path) -> list[Path]:
+    """Writes every schema into a folder, made where it is missing; the files written."""
     directory.mkdir(parents=True, exist_ok=True)
+    written = []
     for name, text in render().items():
-        (directory / name).write_text(text, encoding="utf-8")
-    return 0
+        path = directory / name
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m schemas.json_schema DIR")
+    write(Path(sys.argv[1]))
