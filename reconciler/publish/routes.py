@@ -202,7 +202,15 @@ class RoutesPublisher:
             await asyncio.to_thread(table_file.write, self._path, new.envelope)
             # From here on it is what `refresh` makes current, also when Redis is away now.
             self._known = new
-            word, number = await self._write(new, lease, whole=True)
+            try:
+                word, number = await self._write(new, lease, whole=True)
+            except Fenced:
+                # Whoever starts from the file must not take a refused table for the current one.
+                self._known = None
+                await asyncio.to_thread(
+                    table_file.write, self._path, known.envelope if known else b""
+                )
+                raise
             if word == "done":
                 return generation
             taken = max(taken, number)
@@ -213,11 +221,14 @@ class RoutesPublisher:
         if word == "missing":
             word, number = await self._write(known, lease, whole=True)
         if word == "stale":
-            # A newer table came from a reconciler that no longer holds the lease; the next publish
-            # compares with that one.
+            self._known = None
+            if number == known.table.generation and await self._load() == known:
+                # What stands there under our generation is not signed by us.
+                return await self._publish_new(known.table, known.digest, lease, known, number)
+            # Another reconciler published meanwhile; the next publish compares with its table.
             self._known = None
             raise Transient(
-                f"refreshing routes: Redis holds generation {number}, "
+                f"refreshing routes: Redis holds another table, of generation {number}; "
                 f"ours is {known.table.generation}"
             )
         return known.table.generation
