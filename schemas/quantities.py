@@ -17,7 +17,7 @@ DURATION_PATTERN: Final = (
     r"(?:([0-9]{1,9}(?:\.[0-9]{1,3})?)s)?(?:([0-9]{1,12})ms)?$"
 )
 POSITIVE_DURATION_PATTERN: Final = "^(?=.*[1-9])" + DURATION_PATTERN.removeprefix("^")
-SIZE_PATTERN: Final = r"^(?=.*[1-9])([0-9]{1,15}(?:\.[0-9]{1,3})?) ?(Ki|Mi|Gi|Ti|k|K|M|G|T)?B?$"
+SIZE_PATTERN: Final = r"^(?=.*[1-9])([0-9]{1,19}(?:\.[0-9]{1,3})?) ?(Ki|Mi|Gi|Ti|k|K|M|G|T)?B?$"
 MAX_DURATION_S: Final = 366 * 86400
 MAX_SIZE_BYTES: Final = 2**60
 
