@@ -123,5 +123,6 @@ def fast_import(change: Delta, *, parent: str | None, ref: str) -> bytes:
     for path, data in change.written:
         out.append(f"M {_FILE_MODE} inline {path}\ndata {len(data)}\n".encode())
         out += [data, b"\n"]
-    out.append(b'ls :1 ""\ndone\n')
+    # The empty line ends the commit; before it, mark :1 is not known.
+    out.append(b'\nls :1 ""\ndone\n')
     return b"".join(out)

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from redis.asyncio import Redis
 
 from reconciler.errors import Fenced, Stalled, Transient
-from reconciler.publish.lease import Leaser, LeaseLost
+from reconciler.publish.lease import LeaseLost, Leaser
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.routes import RoutesPublisher
 from reconciler.publish.valkey import EmbeddedValkey
@@ -171,8 +171,8 @@ async def test_a_table_of_a_fenced_writer_is_not_taken_for_the_current_one(
     newer = RoutesPublisher(redis, KEY, tmp_path / "b" / "routes")
     await publisher.publish(table("a"), lease=lease(1))
     # Both give out generation 2; only the newer one's reaches routers.
+    await redis.set(redis_keys.LEASE_GENERATION, 2)
     with pytest.raises(Fenced):
-        await redis.set(redis_keys.LEASE_GENERATION, 2)
         await publisher.publish(table("fenced"), lease=lease(1))
     assert await newer.publish(table("b"), lease=lease(2)) == 2
     restarted = RoutesPublisher(redis, KEY, tmp_path / "a" / "routes")

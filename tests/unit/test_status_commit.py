@@ -100,12 +100,12 @@ def test_subjects_count_objects_and_not_the_summary() -> None:
 
 
 def test_a_long_branch_name_leaves_the_subject_within_72_characters() -> None:
-    assert subject(12345, branch="feature/" + "x" * 60) == "status: 12345 objects changed at 9f3c1ab"
+    assert (
+        subject(12345, branch="feature/" + "x" * 60) == "status: 12345 objects changed at 9f3c1ab"
+    )
 
 
 def test_trailers_follow_the_subject() -> None:
     change = delta({}, {SUMMARY: b""}, {SUMMARY: "0"})
-    text = message(
-        change, source_branch="main", revision="abc", plan_digest="", lease_generation=3
-    )
+    text = message(change, source_branch="main", revision="abc", plan_digest="", lease_generation=3)
     assert text.endswith("\n\nDetoserve-Source-Revision: abc\nDetoserve-Lease: 3\n")
