@@ -1,0 +1,248 @@
+"""The life of one router process: listen, follow the table, drain, end.
+
+Not here: settings and signals' names (cli), or any one request (proxy).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from importlib.metadata import PackageNotFoundError, version
+from types import TracebackType
+from typing import Final, Self
+
+from aiohttp import web
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from router.access_log import AccessLog
+from router.client import ClientServer
+from router.heartbeat import Heartbeat
+from router.metrics import Metrics
+from router.proxy import Proxy
+from router.records import RequestRecord
+from router.server import Admin, Api
+from router.settings import Settings, SettingsInvalid
+from router.state import RouterState
+from router.static_table import StaticTable
+from router.table import RedisTable
+from schemas.wire.envelope import public_key_from_hex
+
+_log: Final = logging.getLogger(__name__)
+_BACKLOG: Final = 4096
+_QUIET_S: Final = 0.25
+
+
+def _version() -> str:
+    try:
+        return version("detoserve")
+    except PackageNotFoundError:
+        return "source"
+
+
+def _public_key_text(settings: Settings) -> str:
+    if settings.routes_public_key_file is None:
+        return settings.routes_public_key or ""
+    try:
+        return settings.routes_public_key_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsInvalid(f"routes_public_key_file: {error}") from None
+
+
+class Router:
+    """A router inside the running event loop: an async context manager, for programs and tests.
+
+    `url` and `admin_url` are set once it listens.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.state = RouterState(upstream_keepalive_s=settings.upstream_keepalive_s)
+        self.metrics = Metrics(self.state, tenants=settings.tenant_metrics)
+        self.url = ""
+        self.admin_url = ""
+        self._stack = AsyncExitStack()
+        self._heartbeat: Heartbeat | None = None
+        self._access_log: AccessLog | None = None
+        self._server: asyncio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._clients: web.Server | None = None
+
+    async def __aenter__(self) -> Self:
+        """Listens, and starts to follow the table.
+
+        Raises:
+            SettingsInvalid: what was set cannot be used.
+            OSError: a port is taken.
+            TableInvalid: the file of `routes` holds no table.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    def _finished(self, record: RequestRecord) -> None:
+        self.metrics.finished(record)
+        if self._access_log is not None:
+            self._access_log.write(record)
+
+    async def _start(self) -> None:
+        settings, loop = self.settings, asyncio.get_running_loop()
+        if settings.access_log != "off":
+            try:
+                self._access_log = self._stack.enter_context(AccessLog(settings.access_log))
+            except OSError as error:
+                raise SettingsInvalid(f"access_log: {error}") from None
+        self._follow_table()
+        proxy = Proxy(self.state, settings, self._finished)
+        self._clients = ClientServer(
+            Api(self.state, proxy, self._finished),
+            handler_cancellation=True,
+            keepalive_timeout=settings.keepalive_timeout_s,
+            access_log=None,
+        )
+        self._server = await loop.create_server(
+            self._clients, settings.host, settings.port, backlog=_BACKLOG
+        )
+        admin = await loop.create_server(
+            web.Server(
+                Admin(self.state, self.metrics, settings.router_id),
+                access_log=None,
+            ),
+            settings.admin_host,
+            settings.admin_port,
+        )
+        self._stack.callback(admin.close)
+        self.url = _url(self._server)
+        self.admin_url = _url(admin)
+        self._tasks.append(loop.create_task(self._sweep()))
+
+    def _follow_table(self) -> None:
+        settings, loop = self.settings, asyncio.get_running_loop()
+        if settings.routes is not None:
+            static = StaticTable(
+                self.state, settings.routes, poll_interval_s=settings.poll_interval_s
+            )
+            static.load()
+            self._tasks.append(loop.create_task(static.run()))
+            return
+        assert settings.redis_url is not None
+        try:
+            key = public_key_from_hex(_public_key_text(settings))
+        except ValueError as error:
+            raise SettingsInvalid(f"routes_public_key: {error}") from None
+        try:
+            redis = Redis.from_url(
+                settings.redis_url,
+                socket_timeout=settings.redis_timeout_s,
+                socket_connect_timeout=settings.redis_timeout_s,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise SettingsInvalid(f"redis_url: {error}") from None
+        self._stack.push_async_callback(redis.aclose)
+        table = RedisTable(
+            self.state,
+            redis,
+            key,
+            state_dir=settings.state_dir,
+            poll_interval_s=settings.poll_interval_s,
+            refused=self.metrics.table_refusals,
+        )
+        self._heartbeat = Heartbeat(
+            self.state,
+            redis,
+            router_id=settings.router_id,
+            interval_s=settings.heartbeat_interval_s,
+            version=_version(),
+        )
+        if table.load_from_disk():
+            _log.info("started from the table kept on disk")
+        self._tasks.append(loop.create_task(table.run()))
+        self._tasks.append(loop.create_task(self._heartbeat.run()))
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self.state.sweep()
+
+    async def drain(self) -> None:
+        """Takes nothing new, and returns when what runs has ended or the deadline has passed."""
+        settings, loop = self.settings, asyncio.get_running_loop()
+        self.state.draining = True
+        if self._heartbeat is not None:
+            self._heartbeat.say_now()
+        _log.info("draining: %d requests in flight", self.state.in_flight.total)
+        await asyncio.sleep(settings.drain_delay_s)
+        if self._server is not None:
+            self._server.close()
+        deadline = loop.time() + settings.drain_timeout_s
+        quiet_since = loop.time()
+        # A client that has just been answered may be sending its next request on that connection.
+        while loop.time() < deadline and loop.time() - quiet_since < _QUIET_S:
+            await asyncio.sleep(0.02)
+            if self.state.in_flight.total:
+                quiet_since = loop.time()
+        if self.state.in_flight.total:
+            _log.warning("drain deadline: %d requests are cut", self.state.in_flight.total)
+
+    async def _stop(self) -> None:
+        self.state.draining = True
+        if self._server is not None:
+            self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        for task in self._tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        if self._clients is not None:
+            await self._clients.shutdown(timeout=0)
+        if self._heartbeat is not None:
+            await self._heartbeat.farewell()
+        self.state.close()
+        await self._stack.aclose()
+
+
+def _url(server: asyncio.Server) -> str:
+    bound: socket.socket = server.sockets[0]
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def serve(settings: Settings, ready: Callable[[Router], None]) -> None:
+    """Runs a router until SIGTERM or SIGINT; a second one ends it at once.
+
+    Raises:
+        What Router raises when it starts.
+    """
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    at_once = asyncio.Event()
+
+    def signalled() -> None:
+        (at_once if stop.is_set() else stop).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled)
+    async with Router(settings) as router:
+        ready(router)
+        await stop.wait()
+        tasks = {loop.create_task(router.drain()), loop.create_task(at_once.wait())}
+        _, left = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()

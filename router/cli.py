@@ -1,0 +1,49 @@
+"""`detoserve-router`: settings in, a running router out.
+
+Prints one JSON line when it listens: {"event": "ready", "url", "admin_url", "id"}. Exit codes: 0
+after a drain, 1 when it could not start, 2 for wrong flags.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from router.app import Router, serve
+from router.settings import SettingsInvalid, load
+from router.static_table import TableInvalid
+
+
+def _ready(router: Router) -> None:
+    line = {
+        "event": "ready",
+        "url": router.url,
+        "admin_url": router.admin_url,
+        "id": router.settings.router_id,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs until told to stop."""
+    try:
+        settings = load(arguments, os.environ)
+    except SettingsInvalid as error:
+        for line in str(error).splitlines():
+            print(f"detoserve-router: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        uvloop.run(serve(settings, _ready))
+    except (SettingsInvalid, TableInvalid, OSError) as error:
+        print(f"detoserve-router: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

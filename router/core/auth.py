@@ -1,0 +1,77 @@
+"""Who is asking: an API key against the table, checked anew at each request.
+
+Not here: reading the header (server), or limits (admission).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from dataclasses import dataclass
+from typing import Final
+
+from router.core.errors import (
+    INSUFFICIENT_SCOPE,
+    INVALID_API_KEY,
+    TABLE_STALE,
+    TENANT_SUSPENDED,
+    Refusal,
+)
+from router.core.snapshot import KeyEntry, Snapshot
+from schemas.api_keys import PREFIX
+from schemas.wire.routing import Key, Tenant
+
+_PREFIX: Final = PREFIX.encode()
+_ID: Final = slice(len(_PREFIX), len(_PREFIX) + 10)
+_NO_KEY: Final = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A tenant, by one of its keys."""
+
+    tenant: Tenant
+    key: Key
+
+
+def _find(snapshot: Snapshot, token: bytes, digest: bytes) -> KeyEntry | None:
+    """The entry whose hash this is; as much work is done when there is none."""
+    found = None
+    if token.startswith(_PREFIX):
+        for entry in snapshot.keys_by_id.get(token[_ID].decode("latin-1"), ()):
+            if hmac.compare_digest(entry.key.sha256, digest):
+                found = entry
+    if found is None:
+        # A key of another gateway has no id inside it. A look-up by the hash of 256 random bits
+        # tells a guesser nothing about the key.
+        found = snapshot.keys_by_sha256.get(digest)
+        if not hmac.compare_digest(found.key.sha256 if found else _NO_KEY, digest):
+            return None
+    return found
+
+
+def authenticate(
+    snapshot: Snapshot, token: bytes | None, now: float, fresh_at: float
+) -> Principal | Refusal:
+    """The tenant and key behind a token.
+
+    `now` and `fresh_at` are Unix seconds; `fresh_at` is when the table was last known to be
+    current. Whatever is wrong with a key, the answer is the same 401.
+    """
+    if now - fresh_at > snapshot.table.max_table_age_s:
+        return TABLE_STALE
+    if not token:
+        return INVALID_API_KEY
+    entry = _find(snapshot, token, hashlib.sha256(token).digest())
+    if entry is None:
+        return INVALID_API_KEY
+    key = entry.key
+    if (key.not_before is not None and now < key.not_before) or (
+        key.expires is not None and now >= key.expires
+    ):
+        return INVALID_API_KEY
+    if entry.tenant.suspended:
+        return TENANT_SUSPENDED
+    if "inference" not in key.scopes:
+        return INSUFFICIENT_SCOPE
+    return Principal(entry.tenant, key)

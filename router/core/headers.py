@@ -1,0 +1,92 @@
+"""Which of a client's headers an engine gets to see, and what the router reads of them.
+
+Everything passes but what concerns one hop only, what says who the client is (identity comes from
+the key alone), and what the router sets itself. Pure; one pass over the headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from router.core.errors import Refusal, bad_request
+
+_Use = Literal["pass", "drop", "authorization", "key", "request-id", "content-type", "connection"]
+
+_READ: Final[dict[bytes, _Use]] = {
+    b"authorization": "authorization",
+    b"x-api-key": "key",
+    b"api-key": "key",
+    b"x-request-id": "request-id",
+    b"content-type": "content-type",
+    b"connection": "connection",
+}
+_DROPPED: Final = re.compile(
+    rb"keep-alive|te|trailers?|transfer-encoding|upgrade|proxy-.*|host|content-length"
+    # The body has been decoded, and its length is known; engines answer without compression, so
+    # that an error event can be added to a stream.
+    rb"|content-encoding|accept-encoding|expect|http2-settings"
+    # Whoever says who he is without a key.
+    rb"|cookie|forwarded|x-forwarded-.*|x-real-ip|x-client-.*|true-client-ip|cf-.*|remote-.*|from"
+    rb"|x-(?:remote|auth|authenticated|consumer|credential|user|tenant|team|org|organization"
+    rb"|account|customer|identity|principal|goog|amzn|ms|envoy|ssl|b3)(?:-.*)?"
+    rb"|openai-(?:organization|project)|x-detoserve-.*|gcp-.*|metadata(?:-flavor)?"
+)
+_REQUEST_ID: Final = re.compile(rb"[\w.:/=+-]{1,128}", re.ASCII)
+_MAX_KNOWN: Final = 4096
+_known: dict[bytes, _Use] = {}
+
+
+def _use(name: bytes) -> _Use:
+    lower = name.lower()
+    use = _READ.get(lower) or ("drop" if _DROPPED.fullmatch(lower) else "pass")
+    if len(_known) < _MAX_KNOWN:
+        _known[name] = use
+    return use
+
+
+@dataclass(slots=True)
+class ClientHeaders:
+    """What the router read, and the lines that are passed on."""
+
+    lines: list[bytes]
+    """`name: value` with line ends."""
+    token: bytes | None = None
+    request_id: bytes | None = None
+    content_type: bytes = b""
+
+
+def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
+    """One pass. A refusal when credentials are given twice and it is not clear which count."""
+    lines: list[bytes] = []
+    out = ClientHeaders(lines)
+    named: bytes = b""
+    for name, value in raw:
+        use = _known.get(name) or _use(name)
+        if use == "pass":
+            lines.append(b"%b: %b\r\n" % (name, value))
+        elif use == "authorization":
+            if out.token is not None:
+                return _TWICE
+            scheme, _, token = value.partition(b" ")
+            out.token = token.strip() if scheme.lower() == b"bearer" else b""
+        elif use == "key":
+            if out.token is not None:
+                return _TWICE
+            out.token = value.strip()
+        elif use == "request-id":
+            out.request_id = value if _REQUEST_ID.fullmatch(value) else None
+        elif use == "content-type":
+            out.content_type = value
+            lines.append(b"%b: %b\r\n" % (name, value))
+        elif use == "connection":
+            named += value.lower() + b","
+    if named and named not in (b"keep-alive,", b"close,"):
+        hops = {hop.strip() for hop in named.split(b",")}
+        out.lines = [line for line in lines if line.partition(b":")[0].lower() not in hops]
+    return out
+
+
+_TWICE: Final = bad_request("Credentials are given more than once.", code="ambiguous_credentials")

@@ -1,0 +1,91 @@
+"""Which of the candidates gets the request.
+
+Filter first (health, capacity, already tried), then the arm by weight, then the policy among its
+replicas. Pure: load is a mapping and chance is a `random.Random` passed in. Policies that weigh
+caches, sessions and distances are not built yet: they act as least-load, and `effective_policy`
+says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Final, Protocol
+
+from router.core.snapshot import Candidate
+
+_BUILT: Final = frozenset({"round-robin", "least-load", "random-two-choices"})
+
+
+class Chance(Protocol):
+    """The part of `random.Random` used here."""
+
+    def random(self) -> float: ...
+
+
+def effective_policy(name: str) -> str:
+    """What a policy's name means in this version."""
+    return name if name in _BUILT else "least-load"
+
+
+def available(
+    candidates: Sequence[Candidate],
+    in_flight: Mapping[str, int],
+    *,
+    without: Collection[str] = (),
+    ejected: Collection[str] = (),
+) -> list[Candidate]:
+    """Candidates that may take one more request: not tried yet, not ejected, not full."""
+    return [
+        c
+        for c in candidates
+        if c.id not in ejected
+        and c.id not in without
+        and (not c.max_concurrent or in_flight.get(c.id, 0) < c.max_concurrent)
+    ]
+
+
+def _by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
+    """Replicas of one arm, chosen by weight; all of them where the weights are equal."""
+    first = candidates[0].weight
+    if all(c.weight == first for c in candidates):
+        return candidates
+    weights = {c.deployment: c.weight for c in candidates}
+    total = sum(weights.values())
+    mark = chance.random() * total
+    for deployment, weight in weights.items():
+        mark -= weight
+        if mark < 0:
+            return [c for c in candidates if c.deployment == deployment]
+    return [c for c in candidates if c.weight]
+
+
+def pick(
+    candidates: Sequence[Candidate],
+    policy: str,
+    in_flight: Mapping[str, int],
+    turn: int,
+    chance: Chance,
+) -> Candidate | None:
+    """One of the available candidates, or None when there is none.
+
+    `turn` is how many requests of the function came before: round-robin goes by it.
+    """
+    if not candidates:
+        return None
+    pool = _by_weight(candidates, chance)
+    if len(pool) == 1:
+        return pool[0]
+    policy = effective_policy(policy)
+    if policy == "round-robin":
+        return pool[turn % len(pool)]
+    if policy == "random-two-choices":
+        first = int(chance.random() * len(pool))
+        second = int(chance.random() * (len(pool) - 1))
+        second += second >= first
+        pool = (pool[first], pool[second])
+    loads = [in_flight.get(c.id, 0) for c in pool]
+    least = min(loads)
+    if loads.count(least) == 1:
+        return pool[loads.index(least)]
+    ties = [c for c, load in zip(pool, loads, strict=True) if load == least]
+    return ties[int(chance.random() * len(ties))]

@@ -1,0 +1,141 @@
+"""What the router reads of a request's body, and the one value it may have to change in it.
+
+Not here: the meaning of any other field; engines get the client's bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
+_STRING: Final = re.compile(rb'\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
+_KEY: Final = b'"model"'
+MAX_CHOICES: Final = 128
+"""Answers to one request: OpenAI's own ceiling for `n`."""
+
+
+class BodyInvalid(ValueError):
+    """The body is not JSON, or not of the shape every endpoint shares; says where."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class _Shared(msgspec.Struct, frozen=True):
+    model: str | None = None
+    n: int | None = None
+    best_of: int | None = None
+
+
+_decode: Final = msgspec.json.Decoder(_Shared).decode
+
+
+def read_json(body: bytes) -> str:
+    """The model that a JSON body names. The one parse: other fields are skipped, not built.
+
+    Raises:
+        BodyInvalid: with the byte or the field that is wrong.
+    """
+    try:
+        shared = _decode(body)
+    except msgspec.ValidationError as error:
+        detail = str(error)
+        name = re.search(r"\$\.(\w+)", detail)
+        raise BodyInvalid(detail, name.group(1) if name else None) from None
+    except msgspec.DecodeError as error:
+        detail = str(error)
+        raise BodyInvalid(detail if "(byte" in detail else f"{detail} (byte {len(body)})") from None
+    except UnicodeDecodeError as error:
+        raise BodyInvalid(f"not UTF-8 (byte {error.start})") from None
+    except RecursionError:
+        raise BodyInvalid("nested too deeply") from None
+    for field, choices in (("n", shared.n), ("best_of", shared.best_of)):
+        if choices is not None and choices > MAX_CHOICES:
+            raise BodyInvalid(f"`{field}` may be {MAX_CHOICES} at most", field)
+    if shared.model is None:
+        raise BodyInvalid("it must name a `model`", "model")
+    return shared.model
+
+
+def _model_span(body: bytes) -> tuple[int, int]:
+    """Where the value of the top-level key `model` stands; the last one, as parsers read it.
+
+    The body has been parsed and has such a key with a string.
+    """
+    # Once, and no letter of a key can be written as an escape: this occurrence is the key.
+    if body.count(_KEY) == 1 and b"\\u00" not in body:
+        value = _STRING.match(body, body.find(_KEY) + len(_KEY))
+        if value:
+            return value.span(1)
+    depth = 0
+    found: tuple[int, int] | None = None
+    key_next = is_value = False
+    for token in _TOKEN.finditer(body):
+        text = token.group()
+        if text in (b"{", b"["):
+            depth += 1
+            key_next, is_value = text == b"{" and depth == 1, False
+        elif text in (b"}", b"]"):
+            depth -= 1
+        elif depth != 1:
+            continue
+        elif text == b",":
+            key_next, is_value = True, False
+        elif text == b":":
+            continue
+        elif key_next:
+            key_next, is_value = False, msgspec.json.decode(text) == "model"
+        elif is_value:
+            found = token.span()
+            is_value = False
+    if found is None:
+        raise BodyInvalid("`model` must be a string", "model")
+    return found
+
+
+def with_model(body: bytes, name: str) -> bytes:
+    """The same bytes, with another value of the top-level `model`."""
+    start, end = _model_span(body)
+    return b"".join((body[:start], msgspec.json.encode(name), body[end:]))
+
+
+_DISPOSITION: Final = re.compile(
+    rb'^content-disposition:[^\r\n]*;[ \t]*name="?model"?[ \t]*(?:;[^\r\n]*)?$',
+    re.IGNORECASE | re.MULTILINE,
+)
+_BOUNDARY: Final = re.compile(r'boundary=(?:"([^"\r\n]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
+
+
+def read_form(body: bytes, content_type: str) -> tuple[str, tuple[int, int]]:
+    """The form field `model` of a multipart body, and where its value stands.
+
+    Raises:
+        BodyInvalid: when it is not multipart/form-data, or does not name one model in UTF-8.
+    """
+    boundary = _BOUNDARY.search(content_type)
+    if not content_type.lower().startswith("multipart/form-data") or boundary is None:
+        raise BodyInvalid("it must be multipart/form-data with a boundary")
+    fence = b"--" + (boundary.group(1) or boundary.group(2)).encode("latin-1")
+    found: tuple[int, int] | None = None
+    at = 0 if body.startswith(fence) else body.find(b"\r\n" + fence) + 2
+    while at >= 0 and body.startswith(fence, at) and not body.startswith(fence + b"--", at):
+        start = at + len(fence) + 2
+        end = body.find(b"\r\n" + fence, start)
+        blank = body.find(b"\r\n\r\n", start, end)
+        if end < 0 or blank < 0:
+            raise BodyInvalid("a part of the form is incomplete")
+        if _DISPOSITION.search(body[start:blank].replace(b"\r\n", b"\n")):
+            if found is not None:
+                raise BodyInvalid("`model` stands twice in the form", "model")
+            found = blank + 4, end
+        at = end + 2
+    if found is None:
+        raise BodyInvalid("the form has no field `model`", "model")
+    try:
+        return body[found[0] : found[1]].decode().strip(), found
+    except UnicodeDecodeError:
+        raise BodyInvalid("`model` is not UTF-8", "model") from None

@@ -1,0 +1,214 @@
+"""The routing table as requests look things up in it: immutable, indexed, swapped whole.
+
+Not here: where a table comes from (table), health and load, which change by the second (health,
+pick), and what a key may do (auth).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Final
+from urllib.parse import urlsplit
+
+from schemas.wire.routing import Arm, Function, Key, Replica, RoutingTable, Tenant
+
+_UNFIT_FOR_A_HEADER: Final = re.compile(r"[^\w.:/@+-]", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """One replica as the data plane needs it; everything that can be computed once is."""
+
+    id: str
+    function: str
+    deployment: str
+    cluster: str
+    weight: int
+    draining: bool
+    max_concurrent: int
+    tls: bool
+    host: str
+    port: int
+    base_path: str
+    """Of the engine's URL, without a slash at the end."""
+    host_header: bytes
+    route_header: bytes
+    """`x-detoserve-route: <id>;g=<generation>;d=`, to which a decision id is added."""
+    cidrs: tuple[str, ...]
+    """Networks the endpoint may be in; empty: any but link-local and metadata addresses."""
+
+    @property
+    def address(self) -> tuple[bool, str, int]:
+        """What a pooled connection is bound to."""
+        return self.tls, self.host, self.port
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEntry:
+    tenant: Tenant
+    key: Key
+
+
+class UnusableReplica(ValueError):
+    """A replica whose URL no request can be sent to."""
+
+
+def _candidate(
+    replica: Replica, arm: Arm, function: Function, generation: int, cidrs: tuple[str, ...]
+) -> Candidate:
+    url = urlsplit(replica.url)
+    try:
+        port = url.port
+    except ValueError:
+        port = -1
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or port == -1
+        or url.username
+        or url.query
+        or url.fragment
+        or not replica.url.isascii()
+        or any(c <= " " for c in replica.url)
+    ):
+        raise UnusableReplica(
+            f"replica {replica.id!r}: its URL must be http(s)://host[:port][/base/path]"
+        )
+    tls = url.scheme == "https"
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    shown = _UNFIT_FOR_A_HEADER.sub("_", replica.id)
+    return Candidate(
+        id=replica.id,
+        function=function.name,
+        deployment=arm.deployment,
+        cluster=arm.cluster,
+        weight=arm.weight,
+        draining=replica.state != "ready",
+        max_concurrent=replica.max_concurrent,
+        tls=tls,
+        host=url.hostname,
+        port=port or (443 if tls else 80),
+        base_path=url.path.rstrip("/"),
+        host_header=(f"{host}:{port}" if port else host).encode(),
+        route_header=f"x-detoserve-route: {shown};g={generation};d=".encode(),
+        cidrs=cidrs,
+    )
+
+
+def _may_use(tenant: Tenant, function: Function) -> bool:
+    return any(fnmatchcase(function.name, pattern) for pattern in tenant.models)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One generation, ready for look-ups. Build it with `snapshot`."""
+
+    table: RoutingTable
+    names: dict[str, tuple[Function, ...]]
+    """Function name, served name or alias -> functions, the best match first."""
+    functions: dict[str, Function]
+    keys_by_id: dict[str, tuple[KeyEntry, ...]]
+    keys_by_sha256: dict[bytes, KeyEntry]
+    replicas: dict[str, Candidate]
+    """Every replica by id, draining ones too."""
+    unusable: tuple[str, ...]
+    """What is wrong with replicas that were left out, for people."""
+    _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
+    _candidates: dict[tuple[str, str], tuple[Candidate, ...]] = field(default_factory=dict)
+    _resolved: dict[tuple[str, str], Function | None] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> int:
+        return self.table.generation
+
+    @property
+    def revision(self) -> str:
+        return self.table.revision
+
+    def resolve(self, tenant: Tenant, model: str) -> Function | None:
+        """The function a tenant means by a model name; None also for one that is not its own."""
+        for function in self.names.get(model, ()):
+            key = (function.name, tenant.name)
+            if key not in self._resolved:
+                self._resolved[key] = function if _may_use(tenant, function) else None
+            if self._resolved[key] is not None:
+                return function
+        return None
+
+    def models(self, tenant: Tenant) -> Iterator[Function]:
+        """What a tenant may use, by name."""
+        return (f for f in self.table.functions if _may_use(tenant, f))
+
+    def candidates(self, function: Function, tenant: Tenant) -> tuple[Candidate, ...]:
+        """Replicas that may serve this tenant at all; draining ones are not among them."""
+        key = (function.name, tenant.name)
+        found = self._candidates.get(key)
+        if found is None:
+            found = tuple(
+                candidate
+                for arm, replicas in self._arms.get(function.name, ())
+                if not arm.tenants or tenant.name in arm.tenants
+                if any(fnmatchcase(arm.cluster, pattern) for pattern in tenant.clusters)
+                for candidate in replicas
+                if not candidate.draining
+            )
+            self._candidates[key] = found
+        return found
+
+
+def snapshot(table: RoutingTable) -> Snapshot:
+    """Indexes a table. What cannot be used is left out and named in `unusable`."""
+    names: dict[str, list[Function]] = {}
+    for names_of in (
+        lambda f: (f.name,),
+        lambda f: (f.served_name,),
+        lambda f: f.aliases,
+    ):
+        for function in table.functions:
+            for name in names_of(function):
+                known = names.setdefault(name, [])
+                if function not in known:
+                    known.append(function)
+
+    by_id: dict[str, list[KeyEntry]] = {}
+    by_sha256: dict[bytes, KeyEntry] = {}
+    for tenant in table.tenants:
+        for key in tenant.keys:
+            entry = KeyEntry(tenant, key)
+            by_id.setdefault(key.id, []).append(entry)
+            by_sha256.setdefault(key.sha256, entry)
+
+    cidrs = {cluster.name: cluster.endpoint_cidrs for cluster in table.clusters}
+    replicas: dict[str, Candidate] = {}
+    unusable: list[str] = []
+    arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]] = {}
+    for function in table.functions:
+        of_function = []
+        for arm in function.arms:
+            of_arm = []
+            for replica in arm.replicas:
+                try:
+                    candidate = _candidate(
+                        replica, arm, function, table.generation, cidrs.get(arm.cluster, ())
+                    )
+                except (UnusableReplica, ValueError) as error:
+                    unusable.append(str(error))
+                    continue
+                replicas[candidate.id] = candidate
+                of_arm.append(candidate)
+            of_function.append((arm, tuple(of_arm)))
+        arms[function.name] = tuple(of_function)
+
+    return Snapshot(
+        table=table,
+        names={name: tuple(functions) for name, functions in names.items()},
+        functions={function.name: function for function in table.functions},
+        keys_by_id={key_id: tuple(entries) for key_id, entries in by_id.items()},
+        keys_by_sha256=by_sha256,
+        replicas=replicas,
+        unusable=tuple(unusable),
+        _arms=arms,
+    )

@@ -1,0 +1,140 @@
+"""The router's own OpenAPI description, served at /openapi.json.
+
+It says what the router itself checks; everything else in a body is the engine's to judge, so bodies
+are open objects. Made from the same list of endpoints that requests are dispatched by.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from router.core.api import PASSED, Endpoint
+
+_ERROR_RESPONSES = {
+    "400": "The body is not what the endpoint takes.",
+    "401": "No valid API key.",
+    "403": "The account is suspended, or the key may not run models.",
+    "404": "The model does not exist, or is not yours.",
+    "413": "The body is too large.",
+    "429": "Too many requests; Retry-After says when to come again.",
+    "500": "The engine failed.",
+    "502": "The engine failed before it answered.",
+    "503": "No replica can take the request now; Retry-After says when to come again.",
+    "504": "The engine did not begin its answer in time.",
+}
+
+
+def _errors(*statuses: str) -> dict[str, Any]:
+    return {
+        status: {
+            "description": _ERROR_RESPONSES[status],
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
+        for status in statuses
+    }
+
+
+def _passed(endpoint: Endpoint) -> dict[str, Any]:
+    properties: dict[str, Any] = {
+        "model": {"type": "string", "description": "A function's name, served name or alias."}
+    }
+    if not endpoint.multipart:
+        properties["n"] = {"type": ["integer", "null"], "maximum": 128}
+        properties["best_of"] = {"type": ["integer", "null"], "maximum": 128}
+    content_type = "multipart/form-data" if endpoint.multipart else "application/json"
+    return {
+        "post": {
+            "operationId": endpoint.path.strip("/").replace("/", "_"),
+            "summary": f"Passed to a replica of the model ({endpoint.task}).",
+            "requestBody": {
+                "required": True,
+                "content": {
+                    content_type: {
+                        "schema": {
+                            "type": "object",
+                            "required": ["model"],
+                            "properties": properties,
+                            "additionalProperties": True,
+                        }
+                    }
+                },
+            },
+            "responses": {
+                "200": {"description": "The engine's answer, unchanged: JSON or an event stream."},
+                **_errors("400", "401", "403", "404", "413", "429", "500", "502", "503", "504"),
+            },
+        }
+    }
+
+
+def _own(operation: str, summary: str, *, key: bool, **extra: Any) -> dict[str, Any]:
+    return {
+        "get": {
+            "operationId": operation,
+            "summary": summary,
+            **({} if key else {"security": []}),
+            "responses": {
+                "200": {
+                    "description": summary,
+                    "content": {"application/json": {"schema": {"type": "object"}}},
+                },
+                **extra.pop("responses", {}),
+            },
+            **extra,
+        }
+    }
+
+
+def document() -> dict[str, Any]:
+    """OpenAPI 3.1."""
+    paths: dict[str, Any] = {path: _passed(endpoint) for path, endpoint in PASSED.items()}
+    paths["/v1/models"] = _own(
+        "list_models",
+        "The models this key may use.",
+        key=True,
+        responses=_errors("401", "403", "503"),
+    )
+    paths["/v1/models/{model}"] = _own(
+        "retrieve_model",
+        "One of them.",
+        key=True,
+        parameters=[
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ],
+        responses=_errors("401", "403", "404", "503"),
+    )
+    paths["/health"] = _own("health", "The process lives.", key=False)
+    paths["/ready"] = _own(
+        "ready",
+        "Clients may be sent here.",
+        key=False,
+        responses={"503": {"description": "Not now."}},
+    )
+    paths["/openapi.json"] = _own("openapi", "This document.", key=False)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "DetoServe", "version": "v1", "license": {"name": "Apache-2.0"}},
+        "security": [{"key": []}],
+        "paths": paths,
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": {
+                "Error": {
+                    "type": "object",
+                    "required": ["error"],
+                    "properties": {
+                        "error": {
+                            "type": "object",
+                            "required": ["message", "type", "param", "code"],
+                            "properties": {
+                                "message": {"type": "string"},
+                                "type": {"type": "string"},
+                                "param": {"type": ["string", "null"]},
+                                "code": {"type": ["string", "null"]},
+                            },
+                        }
+                    },
+                }
+            },
+        },
+    }

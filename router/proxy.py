@@ -1,0 +1,389 @@
+"""One request, from the client's bytes to the engine's answer.
+
+Authenticate, read, resolve, pick, send; again elsewhere if it failed before the first byte. The
+decisions are core's; the bytes of the answer go by relay. Not here: listening (server).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final, cast
+
+from aiohttp import web
+
+from router.client import SENT, SENT_AND_CLOSE, ClientConnection, refuse
+from router.core import errors
+from router.core.admission import admit
+from router.core.api import Endpoint
+from router.core.auth import Principal, authenticate
+from router.core.errors import Refusal, Refused
+from router.core.headers import ClientHeaders
+from router.core.headers import read as read_headers
+from router.core.pick import available, pick
+from router.core.request import BodyInvalid, read_form, read_json, with_model
+from router.core.retries import attempts, is_retryable
+from router.core.snapshot import Candidate, Snapshot
+from router.records import RequestRecord
+from router.relay import STATUS_LINES, ClientGone, Framing, Relay
+from router.settings import Settings
+from router.state import RouterState
+from router.upstream.connection import Connection, ResponseHead, UpstreamFailed, UpstreamTimeout
+from router.upstream.pool import Pool
+from schemas.wire.routing import Function
+
+_LOOKED_AT_BYTES: Final = 4096
+"""Of a 500's body, to tell an engine that drains from one that fails."""
+_ENCODINGS: Final = frozenset({"", "identity", "gzip", "deflate"})
+
+
+@dataclass(slots=True)
+class _Call:
+    """What every attempt of one request shares."""
+
+    request: web.BaseRequest
+    client: ClientConnection
+    endpoint: Endpoint
+    headers: ClientHeaders
+    snapshot: Snapshot
+    function: Function
+    candidates: tuple[Candidate, ...]
+    body: bytes
+    record: RequestRecord
+
+
+class Proxy:
+    """Serves the endpoints that engines answer. `finished` hears of every request once."""
+
+    def __init__(
+        self,
+        state: RouterState,
+        settings: Settings,
+        finished: Callable[[RequestRecord], None],
+    ) -> None:
+        self._state = state
+        self._settings = settings
+        self._finished = finished
+        self._loop = asyncio.get_running_loop()
+
+    def authenticate(
+        self, request: web.BaseRequest, record: RequestRecord
+    ) -> tuple[Snapshot, ClientHeaders, Principal]:
+        """Who asks, by the table of this moment.
+
+        Raises:
+            Refused: with the answer.
+        """
+        snapshot = self._state.snapshot
+        if snapshot is None:
+            raise Refused(errors.NO_TABLE)
+        record.generation = snapshot.generation
+        headers = read_headers(request.raw_headers)
+        if isinstance(headers, Refusal):
+            raise Refused(headers)
+        if headers.request_id is not None:
+            record.id = headers.request_id.decode("ascii")
+        principal = authenticate(snapshot, headers.token, time.time(), self._state.fresh_at)
+        if isinstance(principal, Refusal):
+            raise Refused(principal)
+        record.tenant = principal.tenant.name
+        record.key = principal.key.id
+        return snapshot, headers, principal
+
+    async def serve(self, request: web.BaseRequest, endpoint: Endpoint) -> web.StreamResponse:
+        """Answers one request, whatever becomes of it."""
+        record = self.record(request, endpoint.operation)
+        try:
+            with self._state.in_flight.request():
+                return await self._serve(request, endpoint, record)
+        except Refused as refused:
+            return self.refuse(refused.refusal, record)
+        except (asyncio.CancelledError, ClientGone):
+            record.outcome = "client_gone"
+            raise
+        finally:
+            record.ended = perf_counter()
+            self._finished(record)
+
+    def record(self, request: web.BaseRequest, operation: str) -> RequestRecord:
+        """A new record with ids of its own."""
+        decision = f"{self._state.chance.getrandbits(64):016x}"
+        return RequestRecord(
+            path=request.path,
+            operation=operation,
+            started=perf_counter(),
+            id=f"req_{decision}",
+            decision=decision,
+        )
+
+    def refuse(self, refusal: Refusal, record: RequestRecord) -> web.Response:
+        """The router's own answer, noted in the record."""
+        record.status = refusal.status
+        record.code = refusal.code
+        if not record.attempts:
+            record.outcome = "refused"
+        elif refusal.status == 504:
+            record.outcome = "timeout"
+        else:
+            record.outcome = "upstream_error"
+        return refuse(refusal, record.id, close=self._state.draining)
+
+    async def _serve(
+        self, request: web.BaseRequest, endpoint: Endpoint, record: RequestRecord
+    ) -> web.StreamResponse:
+        snapshot, headers, principal = self.authenticate(request, record)
+        refusal = admit(self._state.in_flight.total - 1, self._settings.max_in_flight)
+        if refusal is not None:
+            raise Refused(refusal)
+        body = await self._read(request)
+        record.request_bytes = len(body)
+        try:
+            if endpoint.multipart:
+                model, span = read_form(body, headers.content_type.decode("latin-1"))
+            else:
+                model, span = read_json(body), None
+            function = snapshot.resolve(principal.tenant, model)
+            if function is None:
+                raise Refused(errors.model_not_found(model[:200]))
+            if function.tasks and endpoint.task not in function.tasks:
+                raise Refused(errors.task_not_supported(function.name, endpoint.path))
+            if model != function.served_name:
+                body = (
+                    with_model(body, function.served_name)
+                    if span is None
+                    else body[: span[0]] + function.served_name.encode() + body[span[1] :]
+                )
+        except BodyInvalid as error:
+            raise Refused(errors.bad_json(str(error), param=error.param)) from None
+        record.function = function.name
+        call = _Call(
+            request=request,
+            client=cast("ClientConnection", request.protocol),
+            endpoint=endpoint,
+            headers=headers,
+            snapshot=snapshot,
+            function=function,
+            candidates=snapshot.candidates(function, principal.tenant),
+            body=body,
+            record=record,
+        )
+        return await self._attempt(call)
+
+    async def _read(self, request: web.BaseRequest) -> bytes:
+        """The whole body, decoded.
+
+        Raises:
+            Refused: too large, too slow, or in an encoding that is not understood.
+        """
+        limit = self._settings.max_body_bytes
+        content = request.content
+        if request.headers.get("Content-Encoding", "").lower() not in _ENCODINGS:
+            raise Refused(errors.UNSUPPORTED_ENCODING)
+        if request.content_length is not None and request.content_length > limit:
+            raise Refused(errors.too_large(limit))
+        parts: list[bytes] = []
+        size = 0
+        try:
+            if content.is_eof():
+                body = content.read_nowait()
+                if len(body) > limit:
+                    raise Refused(errors.too_large(limit))
+                return body
+            if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
+                request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            while True:
+                async with asyncio.timeout(self._settings.body_timeout_s):
+                    part = await content.readany()
+                if not part:
+                    return b"".join(parts)
+                size += len(part)
+                if size > limit:
+                    raise Refused(errors.too_large(limit))
+                parts.append(part)
+        except TimeoutError:
+            raise Refused(errors.BODY_TIMEOUT) from None
+        except web.RequestPayloadError:
+            raise Refused(errors.bad_json("it cannot be decoded")) from None
+
+    def _choose(self, call: _Call, tried: set[str]) -> Candidate | None:
+        state = self._state
+        function = state.function(call.function.name)
+        load = state.in_flight.by_replica
+        pool = available(call.candidates, load, without=tried)
+        return pick(pool, call.function.policy.name, load, function.turn, state.chance)
+
+    async def _attempt(self, call: _Call) -> web.StreamResponse:
+        """Sends the request until an answer begins or there is nowhere left to send it."""
+        policy, record = call.function.policy, call.record
+        function = self._state.function(call.function.name)
+        function.turn += 1
+        function.budget.request(self._loop.time())
+        left = attempts(policy)
+        tried: set[str] = set()
+
+        def another() -> Candidate | None:
+            """A replica for one more attempt, if it may be made at all."""
+            if not left:
+                return None
+            found = self._choose(call, tried)
+            if found is None or not function.budget.spend(
+                self._loop.time(), policy.retry_budget_percent
+            ):
+                return None
+            return found
+
+        candidate = self._choose(call, tried)
+        if candidate is None:
+            if call.candidates:
+                raise Refused(errors.at_capacity(call.function.name))
+            raise Refused(errors.no_replica(call.function.name))
+        while True:
+            left -= 1
+            tried.add(candidate.id)
+            record.attempts += 1
+            record.replica = candidate.id
+            with self._state.in_flight.slot(candidate.id):
+                pool = self._state.pool(candidate)
+                connection: Connection | None = None
+                relay: Relay | None = None
+                try:
+                    try:
+                        connection, relay, head = await self._exchange(call, candidate, pool)
+                    except UpstreamFailed as error:
+                        too_late = isinstance(error, UpstreamTimeout) and error.phase != "connect"
+                        candidate = None if too_late else another()
+                        if candidate is None:
+                            raise Refused(self._why(call, error)) from None
+                        continue
+                    body = await relay.body_start(_LOOKED_AT_BYTES) if head.status == 500 else b""
+                    if is_retryable(head.status, body):
+                        alternative = another()
+                        if alternative is not None:
+                            candidate = alternative
+                            continue
+                    return await self._deliver(call, candidate, relay, head)
+                finally:
+                    if relay is not None:
+                        relay.close()
+                        self._note(record, relay)
+                    if connection is not None:
+                        pool.give_back(connection)
+
+    async def _exchange(
+        self, call: _Call, candidate: Candidate, pool: Pool
+    ) -> tuple[Connection, Relay, ResponseHead]:
+        """Sends the request to one replica and waits for the head of its answer.
+
+        Raises:
+            UpstreamFailed: nothing of an answer came.
+        """
+        policy = call.function.policy
+        head = self._head(call, candidate)
+        while True:
+            connection = pool.take()
+            if connection is None:
+                connection = await pool.connect(policy.connect_timeout_s)
+            relay = Relay(
+                self._loop,
+                connection,
+                first_byte_timeout_s=policy.first_byte_timeout_s,
+                between_chunks_timeout_s=policy.between_chunks_timeout_s,
+                client_stall_timeout_s=self._settings.client_stall_timeout_s,
+            )
+            if not call.record.dispatched:
+                call.record.dispatched = perf_counter()
+            connection.send(head, call.body, relay)
+            try:
+                return connection, relay, await relay.answered()
+            except UpstreamFailed as error:
+                relay.close()
+                connection.close()
+                # The engine closed it while it was idle: that says nothing about the engine.
+                if not error.stale:
+                    raise
+            except BaseException:
+                relay.close()
+                connection.close()
+                raise
+
+    def _head(self, call: _Call, candidate: Candidate) -> bytes:
+        return b"".join(
+            (
+                b"POST ",
+                candidate.base_path.encode(),
+                call.request.raw_path.encode("utf-8", "surrogateescape"),
+                b" HTTP/1.1\r\nHost: ",
+                candidate.host_header,
+                b"\r\nContent-Length: %d\r\nX-Request-Id: " % len(call.body),
+                call.record.id.encode(),
+                b"\r\n",
+                *call.headers.lines,
+                b"\r\n",
+            )
+        )
+
+    def _why(self, call: _Call, error: UpstreamFailed) -> Refusal:
+        if isinstance(error, UpstreamTimeout) and error.phase == "first-byte":
+            return errors.upstream_timeout(call.function.name, error.waited_s)
+        return errors.upstream_failed(call.function.name)
+
+    async def _deliver(
+        self, call: _Call, candidate: Candidate, relay: Relay, head: ResponseHead
+    ) -> web.StreamResponse:
+        """Passes the answer on, to its end."""
+        record, client = call.record, call.client
+        modern = call.request.version >= (1, 1)
+        framing: Framing
+        if head.status in (204, 304):
+            framing, frame = "none", b""
+        elif head.length is not None:
+            framing, frame = "length", b"Content-Length: %d\r\n" % head.length
+        elif modern:
+            framing, frame = "chunked", b"Transfer-Encoding: chunked\r\n"
+        else:
+            framing, frame = "close", b""
+        keep = call.request.keep_alive and modern and not self._state.draining
+        record.status = head.status
+        if head.status >= 400:
+            record.outcome = "upstream_error" if head.status >= 500 else "client_error"
+        again = b""
+        if head.status in (429, 503) and head.retry_after is None:
+            again = b"Retry-After: 1\r\n"
+        lines = b"".join(
+            (
+                STATUS_LINES.get(head.status) or b"HTTP/1.1 %d \r\n" % head.status,
+                head.headers,
+                candidate.route_header,
+                record.decision.encode(),
+                b"\r\nx-request-id: ",
+                record.id.encode(),
+                b"\r\n",
+                again,
+                frame,
+                b"\r\n" if keep else b"Connection: close\r\n\r\n",
+            )
+        )
+        transport = client.transport
+        if transport is None:
+            raise ClientGone("the client left before the answer")
+        client.relay = relay
+        if client.writing_paused:
+            relay.pause()
+        try:
+            await relay.deliver(transport, lines, framing)
+        except UpstreamFailed as error:
+            record.outcome = "timeout" if isinstance(error, UpstreamTimeout) else "interrupted"
+            return SENT_AND_CLOSE
+        finally:
+            client.relay = None
+        return SENT if keep and framing != "close" else SENT_AND_CLOSE
+
+    @staticmethod
+    def _note(record: RequestRecord, relay: Relay) -> None:
+        record.response_bytes = relay.sent_bytes
+        record.first_body = relay.first_body_at
+        record.last_body = relay.last_body_at
+        record.chunks = relay.chunks

@@ -1,0 +1,42 @@
+"""What is noted of one request while it runs: the source of its log line and its metrics.
+
+Names and numbers only; no prompt, no key, no header of the client.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Outcome = Literal[
+    "ok", "refused", "client_error", "upstream_error", "interrupted", "timeout", "client_gone"
+]
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in as the request goes. Times are `perf_counter` seconds."""
+
+    path: str
+    operation: str
+    started: float
+    id: str = ""
+    decision: str = ""
+    tenant: str = ""
+    key: str = ""
+    function: str = ""
+    replica: str = ""
+    generation: int = 0
+    status: int = 0
+    outcome: Outcome = "ok"
+    code: str = ""
+    """Of the refusal, if the router answered itself."""
+    attempts: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+    dispatched: float = 0.0
+    """When the request was written to the first replica."""
+    first_body: float = 0.0
+    last_body: float = 0.0
+    chunks: int = 0
+    ended: float = 0.0

@@ -1,0 +1,158 @@
+"""Every setting of the router: its flag, its environment variable, its key in a TOML file.
+
+All three come from the fields below: `redis_url` is `--redis-url`, `DETOSERVE_ROUTER_REDIS_URL` and
+`redis_url = ...`. A flag wins over the environment, which wins over the file. What concerns one
+function (deadlines, retries, policy) is not here but in Git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ENV_PREFIX: Final = "DETOSERVE_ROUTER_"
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class SettingsInvalid(ValueError):
+    """What is wrong with the settings, one line each, for whoever set them."""
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    host: str = "127.0.0.1"
+    """Address that clients connect to; 0.0.0.0 for all of this machine's."""
+    port: Port = 8000
+    """Port that clients connect to; 0 takes a free one and prints it."""
+    admin_host: str = "127.0.0.1"
+    """Address of /metrics and /status, which need no key: keep it private."""
+    admin_port: Port = 8001
+    """Port of /metrics and /status; 0 takes a free one and prints it."""
+    id: Annotated[str, Field(pattern=r"^[\w.:-]{0,100}$")] = ""
+    """Name of this router in heartbeats; unique among routers. Unset: host name and port."""
+
+    redis_url: str | None = None
+    """Redis or Valkey that the routing table comes from: redis://[:password@]host:port/db."""
+    routes: Path | None = None
+    """A routing table as a file (JSON or msgpack, unsigned) instead of Redis; re-read when it changes."""
+    routes_public_key: str | None = None
+    """Public key that tables from Redis must be signed with: 64 hex characters."""
+    routes_public_key_file: Path | None = None
+    """The same, in a file."""
+    state_dir: Path | None = None
+    """Folder for the last good table, from which a router starts when Redis is away. Unset: none is kept."""
+    poll_interval_s: Seconds = 2.0
+    """How often Redis (or the file) is asked for a newer table, besides being told of it."""
+    redis_timeout_s: Seconds = 2.0
+    """How long one answer of Redis may take. No request ever waits for it."""
+    heartbeat_interval_s: Seconds = 5.0
+    """How often this router says that it lives; its word expires after three of these."""
+
+    max_body_bytes: Annotated[int, Field(gt=0)] = 64 * 2**20
+    """Largest body of a request, decoded; beyond it 413."""
+    max_in_flight: Annotated[int, Field(ge=0)] = 0
+    """Requests this process carries at once; beyond it 503. 0: no ceiling."""
+    body_timeout_s: Seconds = 30.0
+    """How long a client may pause while it sends a body."""
+    client_stall_timeout_s: Seconds = 60.0
+    """How long a client may read nothing of an answer that waits for it."""
+    keepalive_timeout_s: Seconds = 75.0
+    """How long a client's connection may be idle, or take to send a request's head."""
+    upstream_keepalive_s: Seconds = 4.0
+    """How long a connection to an engine is kept idle. vLLM closes its own after 5 s."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 120.0
+    """After SIGTERM: how long running requests may go on."""
+    drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
+    """After SIGTERM: how long new connections are still taken, until load balancers have seen /ready."""
+
+    access_log: str = "off"
+    """One JSON line a request, without prompts: off, stderr, or a file's path."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Of the router's own log on stderr."""
+    tenant_metrics: bool = False
+    """Whether metrics carry the tenant's name."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.redis_url is None) == (self.routes is None):
+            raise ValueError("give exactly one of redis_url and routes: where the table comes from")
+        if self.redis_url is not None and not (
+            self.routes_public_key or self.routes_public_key_file
+        ):
+            raise ValueError(
+                "tables from Redis must be signed: give routes_public_key, as `detoserve up` prints it"
+            )
+        return self
+
+    @property
+    def router_id(self) -> str:
+        return self.id or f"{socket.gethostname()}-{self.port or os.getpid()}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags for every setting, with their environment variables in the help."""
+    out = argparse.ArgumentParser(
+        prog="detoserve-router",
+        description="The OpenAI-compatible data plane of DetoServe: serves from a routing table.",
+        epilog=f"Every flag may also be set in the environment as {ENV_PREFIX}<NAME>, or in the "
+        "TOML file as <name> (with _ for -). Flags win over the environment, that over the file.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    out.add_argument("--config", metavar="FILE", help=f"TOML file of settings [{ENV_PREFIX}CONFIG]")
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in (None, "") else f" (default {field.default})"
+        text = f"{field.description}{default} [{ENV_PREFIX}{name.upper()}]".replace("%", "%%")
+        if field.annotation is bool:
+            out.add_argument(_flag(name), action=argparse.BooleanOptionalAction, help=text)
+        else:
+            out.add_argument(_flag(name), metavar=name.rpartition("_")[2].upper(), help=text)
+    return out
+
+
+def load(arguments: Sequence[str] | None, environment: Mapping[str, str]) -> Settings:
+    """Settings from flags, environment and file.
+
+    Raises:
+        SettingsInvalid: with every fault and where it was set.
+    """
+    flags = vars(parser().parse_args(arguments))
+    env = {
+        name: environment[ENV_PREFIX + name.upper()]
+        for name in Settings.model_fields
+        if ENV_PREFIX + name.upper() in environment
+    }
+    config = flags.pop("config", environment.get(ENV_PREFIX + "CONFIG"))
+    values: dict[str, Any] = {}
+    if config:
+        try:
+            values = tomllib.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsInvalid(f"{config}: {error}") from None
+    values |= env | flags
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors(include_url=False, include_input=False):
+            name = str(fault["loc"][0]) if fault["loc"] else ""
+            source = (
+                _flag(name) if name in flags else ENV_PREFIX + name.upper() if name in env else name
+            )
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {message}" if source else message)
+        raise SettingsInvalid("\n".join(lines)) from None

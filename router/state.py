@@ -1,0 +1,116 @@
+"""What one router process serves from: the current snapshot, and what it knows besides.
+
+A new table is swapped in between two requests; running ones keep the connection they have. Not here:
+where tables come from (table, static_table).
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from router.core.pick import effective_policy
+from router.core.retries import RetryBudget
+from router.core.snapshot import Candidate, Snapshot, snapshot
+from router.in_flight import InFlight
+from router.upstream.pool import Pool
+from schemas.wire.routing import RoutingTable
+
+_log: Final = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class FunctionState:
+    """What is counted for one function."""
+
+    turn: int = 0
+    budget: RetryBudget = field(default_factory=RetryBudget)
+
+
+class RouterState:
+    """Owned by one event loop; nothing here is thread-safe."""
+
+    def __init__(self, *, upstream_keepalive_s: float, chance: random.Random | None = None) -> None:
+        self.snapshot: Snapshot | None = None
+        self.fresh_at = 0.0
+        """Unix seconds at which the table was last known to be current."""
+        self.draining = False
+        self.in_flight = InFlight()
+        self.chance = chance or random.Random()  # noqa: S311 - ties and ids, nothing secret
+        self.on_install: list[Callable[[Snapshot], None]] = []
+        self._upstream_keepalive_s = upstream_keepalive_s
+        self._pools: dict[str, Pool] = {}
+        self._functions: dict[str, FunctionState] = {}
+
+    def install(self, table: RoutingTable, fresh_at: float) -> bool:
+        """Serves from this table on. False, and nothing changes, when it is not a newer one."""
+        current = self.snapshot
+        if current is not None and table.generation <= current.generation:
+            return False
+        new = snapshot(table)
+        for problem in new.unusable:
+            _log.error("generation %d: left out: %s", table.generation, problem)
+        for function in table.functions:
+            effective = effective_policy(function.policy.name)
+            known = current.functions.get(function.name) if current else None
+            if effective != function.policy.name and (
+                known is None or known.policy.name != function.policy.name
+            ):
+                _log.warning(
+                    "function %s: policy %s is not built in this version and acts as %s",
+                    function.name,
+                    function.policy.name,
+                    effective,
+                )
+        self.snapshot = new
+        self.freshen(fresh_at)
+        self._functions = {
+            name: self._functions.get(name) or FunctionState() for name in new.functions
+        }
+        for replica in [r for r in self._pools if r not in new.replicas]:
+            self._pools.pop(replica).close()
+        _log.info(
+            "serving generation %d (%s): %d functions, %d replicas, %d tenants",
+            table.generation,
+            table.revision[:12],
+            len(table.functions),
+            len(new.replicas),
+            len(table.tenants),
+        )
+        for hear in self.on_install:
+            hear(new)
+        return True
+
+    def freshen(self, at: float) -> None:
+        """The current table was still current at `at`; time does not go back."""
+        self.fresh_at = max(self.fresh_at, at)
+
+    def function(self, name: str) -> FunctionState:
+        found = self._functions.get(name)
+        if found is None:
+            found = self._functions[name] = FunctionState()
+        return found
+
+    def pool(self, candidate: Candidate) -> Pool:
+        """Connections of a replica; one that has moved gets a new pool."""
+        pool = self._pools.get(candidate.id)
+        if pool is None or pool.address != candidate.address:
+            if pool is not None:
+                pool.close()
+            pool = Pool(candidate, keepalive_s=self._upstream_keepalive_s)
+            if self.snapshot is not None and candidate.id in self.snapshot.replicas:
+                self._pools[candidate.id] = pool
+        return pool
+
+    def sweep(self) -> None:
+        """Closes connections that have been idle too long."""
+        for pool in self._pools.values():
+            pool.sweep()
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()

@@ -1,0 +1,259 @@
+"""One keep-alive HTTP/1.1 connection to an engine, carrying one exchange at a time.
+
+llhttp (httptools) reads heads and framing; body bytes are handed on as they come, unread. Not here:
+which engine (core.pick), keeping connections (pool), and what becomes of the bytes (relay).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final, Literal, Protocol, cast
+
+import httptools
+import msgspec
+
+MAX_HEAD_BYTES: Final = 64 * 1024
+
+_HOP_BY_HOP: Final = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        # The router's own are added to the answer; an engine cannot speak for it.
+        b"content-length",
+        b"x-request-id",
+        b"x-detoserve-route",
+    }
+)
+
+
+class UpstreamFailed(ConnectionError):
+    """The exchange ended before the answer did. `began`: some of the answer had arrived."""
+
+    def __init__(self, message: str, *, began: bool, stale: bool = False) -> None:
+        super().__init__(message)
+        self.began = began
+        self.stale = stale
+        """A reused connection closed without a byte: the engine's keep-alive had run out."""
+
+
+class UpstreamTimeout(UpstreamFailed):
+    """A deadline passed. `phase`: connect, first-byte or between-chunks."""
+
+    def __init__(
+        self, phase: Literal["connect", "first-byte", "between-chunks"], waited_s: float
+    ) -> None:
+        super().__init__(
+            f"{phase} deadline of {waited_s:g} s passed", began=phase == "between-chunks"
+        )
+        self.phase = phase
+        self.waited_s = waited_s
+
+
+class ResponseHead(msgspec.Struct, frozen=True, gc=False):
+    """An answer's head, with what the router must not pass on already left out."""
+
+    status: int
+    headers: bytes
+    """`name: value` lines, each with its line end."""
+    content_type: bytes
+    retry_after: bytes | None
+    length: int | None
+    """Of the body; None when it is chunked or ends with the connection."""
+
+
+class Receiver(Protocol):
+    """Who an exchange's answer goes to."""
+
+    def received(self, head: ResponseHead | None, data: bytes, complete: bool) -> None:
+        """Once per read: the head if it was in it, body bytes, and whether they are the last."""
+
+    def failed(self, error: UpstreamFailed) -> None:
+        """Nothing more will come."""
+
+
+class Connection(asyncio.Protocol):
+    """The protocol. `send` starts an exchange; the receiver hears of it until its end."""
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_complete",
+        "_content_type",
+        "_head",
+        "_head_bytes",
+        "_headers",
+        "_length",
+        "_parser",
+        "_receiver",
+        "_retry_after",
+        "closed",
+        "exchanges",
+        "idle_since",
+        "reusable",
+        "transport",
+    )
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+        self.reusable = False
+        self.exchanges = 0
+        self.idle_since = 0.0
+        self._receiver: Receiver | None = None
+        self._body: list[bytes] = []
+        self._parser = httptools.HttpResponseParser(self)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._head: ResponseHead | None = None
+        self._head_bytes = 0
+        self._headers: list[bytes] = []
+        self._content_type = b""
+        self._retry_after: bytes | None = None
+        self._length: int | None = None
+        self._chunked = False
+        self._complete = False
+        self.reusable = False
+
+    # What asyncio calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports behave as asyncio.Transport without being one.
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        receiver = self._receiver
+        if receiver is None:
+            # Nothing was asked: whatever this is, it must not become the next answer.
+            self.close()
+            return
+        had_head = self._head
+        if had_head is None:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError) as error:
+            self._fail(f"the answer is not HTTP/1.1: {type(error).__name__}")
+            return
+        head = self._head
+        if head is None:
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._fail(f"the answer's head is over {MAX_HEAD_BYTES} bytes")
+            return
+        body = self._body
+        if len(body) == 1:
+            out = body[0]
+            body.clear()
+        elif body:
+            out = b"".join(body)
+            body.clear()
+        else:
+            out = b""
+        if self._complete:
+            self._receiver = None
+            self.reusable = self.reusable and not self.closed
+        if out or had_head is None or self._complete:
+            receiver.received(None if had_head else head, out, self._complete)
+
+    def eof_received(self) -> None:
+        return None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self.reusable = False
+        del (
+            self._parser
+        )  # it holds this object's methods: a cycle that only the collector would end
+        receiver = self._receiver
+        if receiver is None:
+            return
+        self._receiver = None
+        if self._head is not None and self._length is None and exc is None and not self._chunked:
+            # Neither a length nor chunks: the end of the connection is the end of the body.
+            receiver.received(None, b"", True)
+            return
+        began = self._head_bytes > 0
+        receiver.failed(
+            UpstreamFailed(
+                "the connection was lost" if exc is None else type(exc).__name__,
+                began=began,
+                stale=not began and self.exchanges > 1,
+            )
+        )
+
+    def pause_writing(self) -> None:
+        """The request is in memory already; there is nobody to hold back."""
+
+    def resume_writing(self) -> None:
+        """See pause_writing."""
+
+    # What llhttp calls.
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("bytes after the end of the answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        lower = name.lower()
+        if lower not in _HOP_BY_HOP:
+            self._headers.append(b"%b: %b\r\n" % (name, value))
+            if lower == b"content-type":
+                self._content_type = value
+            elif lower == b"retry-after":
+                self._retry_after = value
+        elif lower == b"content-length":
+            self._length = int(value)
+        elif lower == b"transfer-encoding":
+            self._chunked = True
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status < 200:
+            return
+        self._head = ResponseHead(
+            status, b"".join(self._headers), self._content_type, self._retry_after, self._length
+        )
+
+    def on_body(self, data: bytes) -> None:
+        self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._head is None:
+            self._begin()  # 1xx: the answer itself is still to come
+            return
+        self._complete = True
+        self.reusable = self._parser.should_keep_alive()
+
+    # What the router calls.
+
+    def send(self, head: bytes, body: bytes, receiver: Receiver) -> None:
+        """Starts an exchange. The connection must be idle and open."""
+        assert self.transport is not None
+        assert self._receiver is None
+        self._begin()
+        self.exchanges += 1
+        self._receiver = receiver
+        self.transport.write(head)
+        if body:
+            self.transport.write(body)
+
+    def close(self) -> None:
+        """Ends the connection at once; a running exchange's receiver hears no more."""
+        self._receiver = None
+        self.closed = True
+        self.reusable = False
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _fail(self, message: str) -> None:
+        receiver = self._receiver
+        began = self._head_bytes > 0
+        self.close()
+        if receiver is not None:
+            receiver.failed(UpstreamFailed(message, began=began))

@@ -1,0 +1,130 @@
+"""Idle connections of one replica, and the opening of new ones.
+
+The last one used is taken first, so that the rest can age out. Not here: how many requests a
+replica may have (core.pick).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from functools import cache
+from ipaddress import ip_address
+from socket import SOCK_STREAM
+
+from router.core.endpoint_check import all_allowed
+from router.core.snapshot import Candidate
+from router.upstream.connection import Connection, UpstreamFailed, UpstreamTimeout
+
+
+class EndpointForbidden(UpstreamFailed):
+    """The endpoint's name resolves to an address that its cluster does not allow."""
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+class Pool:
+    """Connections to one replica."""
+
+    def __init__(self, candidate: Candidate, *, keepalive_s: float) -> None:
+        self.address = candidate.address
+        self._cidrs = candidate.cidrs
+        self._keepalive_s = keepalive_s
+        self._idle: list[Connection] = []
+        self._closed = False
+        self._loop = asyncio.get_running_loop()
+
+    def take(self) -> Connection | None:
+        """An idle connection that is still open, if there is one."""
+        oldest = self._loop.time() - self._keepalive_s
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.closed:
+                continue
+            if connection.idle_since >= oldest:
+                return connection
+            connection.close()
+        return None
+
+    def give_back(self, connection: Connection) -> None:
+        """After an exchange: kept if it can carry another, else closed."""
+        if self._closed or not connection.reusable or connection.closed:
+            connection.close()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+
+    async def connect(self, timeout_s: float) -> Connection:
+        """A new connection.
+
+        Raises:
+            UpstreamTimeout: after `timeout_s`.
+            EndpointForbidden: when the name resolves to a forbidden address.
+            UpstreamFailed: when nothing can be reached there.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._open()
+        except TimeoutError:
+            raise UpstreamTimeout("connect", timeout_s) from None
+        except OSError as error:
+            if isinstance(error, UpstreamFailed):
+                raise
+            raise UpstreamFailed(f"cannot connect: {type(error).__name__}", began=False) from None
+
+    async def _open(self) -> Connection:
+        tls, host, port = self.address
+        if _is_ip(host):
+            addresses = [host]
+        else:
+            found = await self._loop.getaddrinfo(host, port, type=SOCK_STREAM)
+            addresses = [str(entry[4][0]) for entry in found]
+        if not all_allowed(addresses, self._cidrs):
+            raise EndpointForbidden(f"{host} is at an address that is not allowed", began=False)
+        for number, address in enumerate(addresses, 1):
+            try:
+                # The address that was checked, not the name: a second look-up might differ.
+                _, connection = await self._loop.create_connection(
+                    Connection,
+                    address,
+                    port,
+                    ssl=_tls() if tls else None,
+                    server_hostname=host if tls else None,
+                )
+            except OSError:
+                if number == len(addresses):
+                    raise
+            else:
+                return connection
+        raise UpstreamFailed(f"{host} has no address", began=False)
+
+    def sweep(self) -> None:
+        """Closes what has been idle too long."""
+        oldest = self._loop.time() - self._keepalive_s
+        keep = []
+        for connection in self._idle:
+            if not connection.closed and connection.idle_since >= oldest:
+                keep.append(connection)
+            else:
+                connection.close()
+        self._idle = keep
+
+    def close(self) -> None:
+        """Closes idle connections; those in use are closed when they come back."""
+        self._closed = True
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
