@@ -8,9 +8,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import IO, Any, Final, NoReturn
+from collections.abc import Callable
+from typing import IO, Any, Final, Literal, NoReturn
 
 import typer
+
+Style = Literal["error", "warning", "good", "add", "change", "remove", "strong", "faint"]
+Paint = Callable[[str, Style], str]
+"""Puts a style on a text; rendering functions are given one and stay pure."""
+
+_ESCAPES: Final[dict[Style, str]] = {
+    "error": "1;31",
+    "warning": "33",
+    "good": "32",
+    "add": "32",
+    "change": "33",
+    "remove": "31",
+    "strong": "1",
+    "faint": "2",
+}
 
 ANSWER_IS_NO: Final = 1
 """Exit code: asked and answered, and the answer is not what a script hopes for."""
@@ -31,7 +47,7 @@ def command_app(**options: Any) -> typer.Typer:
 
 def complain(message: str) -> None:
     """One error, for people: what is wrong, and what would be right."""
-    sys.stderr.write(f"{_red('error:', sys.stderr)} {message}\n")
+    sys.stderr.write(f"{painter(sys.stderr)('error:', 'error')} {message}\n")
 
 
 def fail(message: str, code: int = UNASKABLE) -> NoReturn:
@@ -60,10 +76,14 @@ def answer_json(value: Any) -> None:
     answer(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def colourful(stream: IO[str]) -> bool:
-    """Whether escapes belong on this stream: a terminal, and neither NO_COLOR nor TERM=dumb."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+def painter(stream: IO[str]) -> Paint:
+    """Styles for this stream: escapes on a terminal, unless NO_COLOR or TERM=dumb; else the bare text."""
+    if stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb":
+        return lambda text, style: f"\033[{_ESCAPES[style]}m{text}\033[0m"
+    return plain
 
 
-def _red(text: str, stream: IO[str]) -> str:
-    return f"\033[1;31m{text}\033[0m" if colourful(stream) else text
+def plain(text: str, style: Style) -> str:
+    """The bare text."""
+    del style
+    return text
