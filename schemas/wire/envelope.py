@@ -18,6 +18,9 @@ from schemas.wire.routing import VERSION, Freshness, RoutingTable
 ENVELOPE_VERSION: Final = 1
 MAX_PAYLOAD_BYTES: Final = 256 * 2**20
 
+# What decoding hostile bytes raises: msgspec leaves bad UTF-8 and endless nesting to Python.
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 T = TypeVar("T", RoutingTable, Freshness)
 
 
@@ -52,7 +55,7 @@ def unseal(data: bytes, kind: type[T], key: Ed25519PublicKey) -> T:
     """
     try:
         envelope = msgspec.msgpack.decode(data, type=_Envelope)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise EnvelopeInvalid(f"not an envelope: {error}") from None
     if envelope.version != ENVELOPE_VERSION:
         raise EnvelopeInvalid(
@@ -68,7 +71,7 @@ def unseal(data: bytes, kind: type[T], key: Ed25519PublicKey) -> T:
         raise EnvelopeInvalid("the signature is not the reconciler's") from None
     try:
         message = msgspec.msgpack.decode(envelope.payload, type=kind)
-    except msgspec.DecodeError as error:
+    except _UNREADABLE as error:
         raise EnvelopeInvalid(f"signed, but not a {kind.__name__}: {error}") from None
     if message.version != VERSION:
         raise EnvelopeInvalid(
