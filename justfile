@@ -8,12 +8,15 @@ _default:
     @just --list --unsorted
 
 # Everything fast that must hold before a commit: format, lint, types, layers, unit tests
-check:
+check: lint
+    pytest tests/unit -q
+
+# Format, lint, types and layers
+lint:
     ruff format --check .
     ruff check .
     mypy
     lint-imports
-    pytest tests/unit -q
 
 # Repairs what a machine can: format, and the lint rules that know their own mend
 fix:

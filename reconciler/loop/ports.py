@@ -6,11 +6,12 @@ Not here: Backend (backends.base) and Source (sources.base), which have implemen
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from reconciler.core.config import Loaded
 from reconciler.core.last_good import Objects
+from reconciler.publish.lease import Held
 from schemas.wire.events import RouterHeartbeat
 from schemas.wire.routing import RoutingTable
 
@@ -19,7 +20,7 @@ class Leadership(Protocol):
     """Whether this reconciler may write, and under which fencing generation."""
 
     @property
-    def generation(self) -> int | None:
+    def held(self) -> Held | None:
         """None while another holds the lease, or while nobody can tell."""
         ...
 
@@ -27,7 +28,7 @@ class Leadership(Protocol):
 class Routes(Protocol):
     """The routing table as routers will see it."""
 
-    async def publish(self, table: RoutingTable, *, lease: int) -> int:
+    async def publish(self, content: RoutingTable, *, lease: Held, floor: int = 0) -> int:
         """The generation under which this content is current; a new one only when it differs.
 
         Raises:
@@ -55,7 +56,7 @@ class StatusSink(Protocol):
     async def read(self) -> Mapping[str, bytes]: ...
 
     async def write(
-        self, documents: Mapping[str, bytes], *, revision: str, plan_digest: str, lease: int
+        self, documents: Mapping[str, bytes], *, revision: str, plan_digest: str, lease: Held
     ) -> str | None:
         """The commit made, or None when nothing differed."""
         ...
@@ -65,8 +66,17 @@ class StatusSink(Protocol):
 class Head:
     """The newest commit of the config branch, for confirmations."""
 
+    revision: str
     message: str
     parents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One reading, and, where nothing was remembered, what broken files last held."""
+
+    loaded: Loaded
+    earlier: Objects = field(default_factory=dict)
 
 
 class Config(Protocol):
@@ -76,7 +86,7 @@ class Config(Protocol):
     rewritten: bool
     """The newest commit does not descend from the last one seen."""
 
-    async def read(self, last_good: Objects | None) -> Loaded:
+    async def read(self, last_good: Objects | None) -> Reading:
         """Fetches and loads; unchanged files are not parsed again.
 
         Raises:

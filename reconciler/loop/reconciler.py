@@ -34,8 +34,9 @@ from reconciler.errors import (
 )
 from reconciler.loop.ports import Config, Leadership, Routers, Routes
 from reconciler.loop.state import State, StateFile
+from reconciler.publish.lease import Held
 from schemas.platform import PlatformSpec
-from schemas.wire.routing import RoutingTable, content_digest
+from schemas.wire.routing import RoutingTable
 
 log = logging.getLogger("detoserve.reconciler")
 
@@ -64,7 +65,8 @@ class Memory:
     observed: tuple[Observation | Unknown, ...] = ()
     plan: Plan = field(default_factory=Plan)
     table: RoutingTable | None = None
-    table_digest: str = ""
+    routes_due: bool = True
+    """What routes follow from has changed since they were last published."""
     generation: int = 0
     changed_at: dict[str, int] = field(default_factory=dict)
     failures: dict[str, _Failure] = field(default_factory=dict)
@@ -153,18 +155,18 @@ class Reconciler:
         if current is None:
             self._tell(observed)
             return
-        same = observed == memory.observed
+        if observed != memory.observed:
+            memory.routes_due = True
         memory.observed = observed
 
         policy = self._policy(current)
         made = plan(memory.desired, observed, policy, self._clock())
         memory.plan = made
-        lease = self._leadership.generation
+        lease = self._leadership.held
         if lease is None:
             self._tell(observed)
             return
-        published = await self._publish(current, observed, lease, same=same)
-        if published:
+        if await self._publish(current, observed, lease):
             await self._apply(made)
             await self._release(observed)
             self._remember(observed)
@@ -176,7 +178,7 @@ class Reconciler:
             return
         self._fetch_due = False
         try:
-            loaded = await self._config.read(memory.objects)
+            reading = await self._config.read(memory.objects)
         except (SourceUnreachable, SourceInvalid, Transient) as error:
             if memory.source_problem != str(error):
                 log.warning("config repo: %s", error)
@@ -184,12 +186,13 @@ class Reconciler:
             self._fetch_due = True
             return
         memory.source_problem = ""
-        before = memory.effective
+        loaded, before = reading.loaded, memory.effective
         if before is not None and before.digest == loaded.digest:
             if before.revision != loaded.revision:
                 memory.effective = replace(before, revision=loaded.revision)
+                memory.routes_due = True
             return
-        merged = effective(loaded, memory.objects)
+        merged = effective(loaded, {**reading.earlier, **(memory.objects or {})})
         if before is None or merged.objects != before.objects or merged.held != before.held:
             log.info(
                 "config %s: %d objects, %d problems",
@@ -200,6 +203,7 @@ class Reconciler:
         for problem in merged.problems:
             log.warning("config: %s", problem)
         memory.effective = merged
+        memory.routes_due = True
         memory.objects = merged.objects
         memory.desired = compile_workloads(merged)
         named = frozenset(k.name for k in merged.objects if k.kind == "Deployment")
@@ -238,32 +242,29 @@ class Reconciler:
         self,
         current: Effective,
         observed: Sequence[Observation | Unknown],
-        lease: int,
-        *,
-        same: bool,
+        lease: Held,
     ) -> bool:
+        """True once routers can have what follows from this pass; nothing is applied before."""
         memory = self.memory
+        if not memory.routes_due:
+            return True
         try:
-            if memory.table is None:
-                memory.table = await self._routes.current()
-                memory.table_digest = content_digest(memory.table) if memory.table else ""
-            table = memory.table
-            if not same or table is None or table.revision != current.revision:
-                table = compile_routes(
-                    current.objects, memory.desired, observed, table, revision=current.revision
-                )
-            generation = await self._routes.publish(table, lease=lease)
+            before = memory.table or await self._routes.current()
+            table = compile_routes(
+                current.objects, memory.desired, observed, before, revision=current.revision
+            )
+            generation = await self._routes.publish(table, lease=lease, floor=memory.generation)
         except Fenced as error:
-            log.error("not publishing: %s", error)
+            log.error("routes not published: %s", error)
             return False
         except Transient as error:
             log.warning("routes not published, routers keep what they have: %s", error)
             return False
-        if generation != memory.generation or table is not memory.table:
-            for name in changed_deployments(memory.table, table):
-                memory.changed_at[name] = generation
-            memory.table = table
-            memory.generation = generation
+        for name in changed_deployments(before, table):
+            memory.changed_at[name] = generation
+        memory.table = table
+        memory.generation = generation
+        memory.routes_due = False
         return True
 
     async def _apply(self, made: Plan) -> None:

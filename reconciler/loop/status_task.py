@@ -21,6 +21,8 @@ from reconciler.publish.status_yaml import parse_document, render_document
 
 log = logging.getLogger("detoserve.reconciler")
 
+LAST_WRITE_S = 10.0
+
 
 def rfc3339_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -31,19 +33,22 @@ class StatusTask:
 
     def __init__(
         self,
-        sink: StatusSink,
+        sink: Callable[[], StatusSink],
         leadership: Leadership,
         *,
         debounce_s: Callable[[], float],
+        on_fenced: Callable[[], None],
         now: Callable[[], str] = rfc3339_now,
     ) -> None:
         self._sink = sink
         self._leadership = leadership
         self._debounce_s = debounce_s
+        self._on_fenced = on_fenced
         self._now = now
         self._world: World | None = None
         self._dirty = asyncio.Event()
-        self._documents: dict[str, Document] | None = None
+        self._written_to: StatusSink | None = None
+        self._documents: dict[str, Document] = {}
         self._rendered: dict[str, bytes] = {}
 
     def offer(self, world: World) -> None:
@@ -74,23 +79,30 @@ class StatusTask:
                     jitter_fraction=0.2,
                     random_value=random.random(),
                 )
-                level = logging.ERROR if isinstance(error, Fenced) else logging.WARNING
-                log.log(level, "status not written, next try in %.0f s: %s", pause_s, error)
+                log.warning("status not written, next try in %.0f s: %s", pause_s, error)
                 self._dirty.set()
+                if isinstance(error, Fenced):
+                    # Held in Redis, yet Git has seen a newer one: Redis was emptied since.
+                    self._on_fenced()
             except Exception:
                 log.exception("writing status failed")
                 pause_s = 5.0
             await asyncio.wait({stopping}, timeout=pause_s)
-        stopping.cancel()
+        try:
+            async with asyncio.timeout(LAST_WRITE_S):
+                await self.write()
+        except (ReconcileError, TimeoutError) as error:
+            log.warning("the last status was not written: %s", error or "no answer in time")
 
     async def write(self) -> str | None:
         """One write of the newest world; the commit, or None where nothing differs."""
-        world, lease = self._world, self._leadership.generation
+        world, lease = self._world, self._leadership.held
         if world is None or lease is None:
             return None
-        if self._documents is None:
-            await self._take_up()
-        before = self._documents or {}
+        sink = self._sink()
+        if sink is not self._written_to:
+            await self._take_up(sink)
+        before = self._documents
         made = documents(world, before, self._now())
         if made == before:
             return None
@@ -100,7 +112,7 @@ class StatusTask:
             else render_document(document)
             for path, document in made.items()
         }
-        commit = await self._sink.write(
+        commit = await sink.write(
             rendered,
             revision=world.effective.revision,
             plan_digest=_plan_digest(world),
@@ -109,15 +121,15 @@ class StatusTask:
         self._documents, self._rendered = made, rendered
         return commit
 
-    async def _take_up(self) -> None:
+    async def _take_up(self, sink: StatusSink) -> None:
         """Starts from what the branch says, so that a restart moves no generation and no time."""
-        stored: Mapping[str, bytes] = await self._sink.read()
+        stored: Mapping[str, bytes] = await sink.read()
         documents: dict[str, Document] = {}
         for path, data in stored.items():
             document: Any = parse_document(data)
             if isinstance(document, dict):
                 documents[path] = document
-        self._documents, self._rendered = documents, dict(stored)
+        self._documents, self._rendered, self._written_to = documents, dict(stored), sink
 
 
 def _plan_digest(world: World) -> str:

@@ -1,14 +1,13 @@
 """A child process that is started again when it dies, and that never outlives its parent.
 
-Two nets: the kernel kills it when the parent dies (PR_SET_PDEATHSIG), and its pid stands in a file
-where the reaper looks. Not here: engines (backends.local) or Valkey (publish.valkey).
+Two nets: the kernel kills it when the parent dies, and its pid stands in a file where the reaper
+looks. Not here: engines (backends.local) or Valkey (publish.valkey).
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import logging
 import os
 import random
@@ -19,21 +18,15 @@ from pathlib import Path
 from typing import Final
 
 from reconciler.core.backoff import delay_s
+from reconciler.publish import die_with_parent
 
 log = logging.getLogger("detoserve.up")
 
-_PR_SET_PDEATHSIG: Final = 1
 HEALTHY_AFTER_S: Final = 30.0
 
 
-def die_with_parent(signum: int = signal.SIGKILL) -> None:
-    """For preexec: ends this process when its parent ends. A no-op where the kernel has no such thing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signum)
-
-
 class Child:
-    """One supervised process. `on_line` gets each line of its standard output."""
+    """One supervised process. `argv[0]` is a path; `on_line` gets each line it prints."""
 
     def __init__(
         self,
@@ -92,6 +85,7 @@ class Child:
     async def _once(self) -> int:
         with self._log_path.open("ab") as err:
             process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", die_with_parent.__file__, str(os.getpid())),
                 *self._argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -99,7 +93,6 @@ class Child:
                 env=self._env,
                 # Ctrl-C reaches this program alone: it decides in which order things end.
                 start_new_session=True,
-                preexec_fn=die_with_parent,
             )
         self._process = process
         self._pid_path.write_text(f"{process.pid}\n")
