@@ -143,6 +143,12 @@ class Repository:
         """The checked-out commit; None in a repository without commits."""
         return self.find("HEAD") if self._repo.head.is_valid() else None
 
+    def branch(self) -> str:
+        """The branch checked out; main for a URL and where HEAD is on none."""
+        if self.is_remote or self._repo.head.is_detached:
+            return "main"
+        return self._repo.active_branch.name
+
     def message(self, revision: str) -> str:
         message = self._repo.commit(revision).message
         return message if isinstance(message, str) else message.decode(errors="replace")
@@ -163,6 +169,11 @@ class Repository:
             )
         except GitCommandError:
             return None
+
+    def files(self, revision: str, sub_path: str = "") -> Iterator[tuple[str, bytes]]:
+        """Every regular file's path from the root, and its bytes."""
+        for entry, raw in self.read_blobs(self.tree(revision, sub_path).entries):
+            yield entry.path, raw
 
     def inside(self, where: str, sub_path: str) -> str:
         """A sub-path of the folder that was opened, from the repository's root.

@@ -1,0 +1,21 @@
+"""Plain data as YAML for people: block style, in the data's own order. Not here: reading any."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from ruamel.yaml import YAML
+
+
+def yaml_text(documents: Sequence[dict[str, Any]]) -> str:
+    """One document after another, set apart by `---` where there are several."""
+    yaml = YAML(typ="safe", pure=False)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.width = 4096
+    yaml.explicit_start = len(documents) > 1
+    out = io.StringIO()
+    yaml.dump_all(documents, out)
+    return out.getvalue()
