@@ -222,7 +222,7 @@ class Scaling(StrictModel):
     )
 
     min_replicas: Annotated[int, Field(ge=0, le=512)] = 1
-    """0: goes to sleep when nobody asks, and wakes when somebody does."""
+    """0, with a maxReplicas: sleeps when nobody asks, and wakes when somebody does."""
     max_replicas: Annotated[int, Field(ge=1, le=512)] | None = None
     """minReplicas where unset: a fixed number."""
     metric: Literal["qps", "queueDepth", "kvUsage", "ttft", "concurrency"] | None = None
@@ -291,7 +291,7 @@ class FunctionSpec(StrictModel):
     readiness: Readiness = Field(default_factory=Readiness)
     """When a replica may receive requests."""
     routing: Routing = Field(default_factory=Routing)
-    """How requests are spread over replicas."""
+    """How requests are spread over replicas. Whatever is unset, field by field, comes from Platform."""
     limits: Limits = Field(default_factory=Limits)
     """Over all tenants together."""
     price: Price = Field(default_factory=Price)
