@@ -36,7 +36,7 @@ def connect(url: str) -> Redis:
     except ValueError:
         scheme = urlsplit(url).scheme
         raise Stalled(
-            f"Redis URL with scheme {scheme!r} cannot be used; "
+            f"the Redis URL (it begins with {scheme or 'no scheme'!r}) cannot be used; "
             "write redis://host:port, rediss://host:port or unix:///path/to.sock"
         ) from None
 

@@ -9,6 +9,7 @@ Not here: what the documents say (core.status), or the config itself (sources).
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 from collections.abc import Callable, Mapping
@@ -28,13 +29,18 @@ from reconciler.publish.status_commit import (
     parse_tree,
 )
 
+log = logging.getLogger("detoserve.reconciler")
+
 AUTHOR: Final = "DetoServe reconciler <reconciler@detoserve.invalid>"
 
 _TIP_REF: Final = "refs/detoserve/status/tip"
 _SCRATCH_REF: Final = "refs/detoserve/status/scratch"
-_POLICY: Final = re.compile(r"declined|protected|prohibited|not allowed|denied|unpacker error")
+_POLICY: Final = re.compile(
+    r"declined|protected|prohibited|not allowed|denied|unpacker error|; cannot create"
+)
 _REFUSAL_CAP: Final = 400
 _MAINTAIN_EVERY_COMMITS: Final = 500
+_LOOSE_OBJECTS_MAX: Final = 2000
 
 
 class StatusBranch:
@@ -52,6 +58,9 @@ class StatusBranch:
         signing_key: path of an SSH key that signs the commits; None: unsigned.
         timeout_s: bound on each git process.
         attempts: pushes before a write gives up because others keep moving the branch.
+
+    Raises:
+        Stalled: remote, branch or author cannot be used.
     """
 
     def __init__(
@@ -67,14 +76,20 @@ class StatusBranch:
         attempts: int = 10,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        try:
+            self._protocol = protocol_of(remote)
+        except ValueError as error:
+            raise Stalled(str(error)) from None
         identity = re.fullmatch(r"([^<>\n]+) <([^<>\s]*)>", author)
         if identity is None:
-            raise ValueError(f"author {author!r} is not of the form 'Name <address>'")
+            raise Stalled(f"author {author!r} is not of the form 'Name <address>'")
         if branch == source_branch:
-            raise ValueError(f"status cannot go to {branch!r}: that is where the config is")
+            raise Stalled(
+                f"status cannot go to the branch {branch!r}: that is where the config is; "
+                "name another, such as detoserve/status"
+            )
         self._mirror = mirror
         self._remote = remote
-        self._protocol = protocol_of(remote)
         self._ref = f"refs/heads/{branch}"
         self._branch = branch
         self._source_branch = source_branch
@@ -147,6 +162,7 @@ class StatusBranch:
         if not self._tip_known:
             await self._fetch()
         shas = self._named(documents)
+        refusal: str | None = None
         for attempt in range(self._attempts):
             holding = lease.require()
             if self.newest_lease > holding.generation:
@@ -179,7 +195,8 @@ class StatusBranch:
                 raise Stalled(f"the config repo does not take status on {self._branch}: {refusal}")
             await asyncio.sleep(self._jitter() * min(1.0, 0.01 * 2**attempt))
         raise Transient(
-            f"branch {self._branch} moved {self._attempts} times while status was being written"
+            f"status found no quiet moment on branch {self._branch} in {self._attempts} attempts; "
+            f"last: {refusal}"
         )
 
     def _took(self, commit: str, documents: Mapping[str, bytes], shas: Mapping[str, str]) -> None:
@@ -229,6 +246,10 @@ class StatusBranch:
         if not (self._mirror / "HEAD").exists():
             self._mirror.parent.mkdir(parents=True, exist_ok=True)
             await self._locally("init", "--quiet", "--bare", str(self._mirror))
+        try:
+            await self._locally("check-ref-format", self._ref)
+        except GitFailed:
+            raise Stalled(f"{self._branch!r} is no name that Git allows for a branch") from None
         form = (await self._locally("rev-parse", "--show-object-format")).decode().strip()
         self._algorithm = "sha256" if form == "sha256" else "sha1"
 
@@ -288,13 +309,17 @@ class StatusBranch:
         self._commits += 1
         if self._commits % _MAINTAIN_EVERY_COMMITS:
             return
-        await self._locally("update-ref", _TIP_REF, self._tip or "")
-        await run_git(
-            self._mirror,
-            *("gc", "--auto", "--quiet", "--no-detach"),
-            timeout_s=self._timeout_s * 10,
-            settings=("gc.auto=2000",),
-        )
+        try:
+            await self._locally("update-ref", _TIP_REF, self._tip or "")
+            await run_git(
+                self._mirror,
+                *("gc", "--auto", "--quiet"),
+                timeout_s=self._timeout_s * 10,
+                settings=(f"gc.auto={_LOOSE_OBJECTS_MAX}", "gc.autoDetach=false"),
+            )
+        except GitFailed as error:
+            # The commit stands; only the mirror stays larger than it should be.
+            log.warning("upkeep of the mirror: %s", error)
 
     async def _remotely(self, *args: str) -> bytes:
         return await run_git(

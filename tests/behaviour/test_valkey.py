@@ -71,6 +71,11 @@ async def test_a_deep_directory_gets_a_short_socket(tmp_path: Path) -> None:
     assert not socket.parent.exists()
 
 
+async def test_odd_characters_in_the_path_do_no_harm(tmp_path: Path) -> None:
+    async with running_valkey(tmp_path / "a b?#%41'\"") as (_, redis):
+        assert await redis.ping()
+
+
 async def test_two_do_not_share_a_directory(tmp_path: Path) -> None:
     async with running_valkey(tmp_path) as (valkey, redis):
         with pytest.raises(Stalled, match="another process runs its Valkey"):
