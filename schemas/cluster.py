@@ -22,7 +22,7 @@ from schemas.base import (
 )
 from schemas.quantities import Duration
 
-URL_PATTERN: Final = r"^https?://[^\s/?#@\\]+(/[^\s?#\\]*)?$"
+URL_PATTERN: Final = r"^https?://[^\s/?#@\\]+(/[^\s?#@\\]*)?$"
 _URL: Final = re.compile(URL_PATTERN)
 
 
@@ -107,13 +107,15 @@ class ExternalEndpoint(StrictModel):
     @field_validator("url")
     @classmethod
     def _http(cls, url: str) -> str:
+        if "@" in url:
+            raise ValueError(
+                "a URL in Git must not hold credentials; leave out what stands before @"
+            )
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
             parts, port = urlsplit(""), None
-        if parts.username or parts.password:
-            raise ValueError("a URL in Git must not hold credentials")
         if "?" in url or "#" in url:
             raise ValueError("an endpoint has no query and no fragment")
         if not _URL.fullmatch(url) or not parts.hostname or port == 0:

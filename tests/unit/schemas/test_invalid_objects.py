@@ -131,6 +131,7 @@ SHAPE: list[tuple[str, Plain, str]] = [
     ("endpoint without scheme", engine("10.0.0.1:8000"), "no endpoint"),
     ("endpoint by file", engine("file:///etc/passwd"), "no endpoint"),
     ("endpoint with credentials", engine("https://u:p@host"), "credentials"),
+    ("endpoint with half a password", engine("http://u:p@[bad"), "before @"),
     ("endpoint with query", engine("https://host/?key=x"), "no query"),
     ("endpoint with backslash", engine("http://host\\@evil"), "no endpoint|credentials"),
     ("for nobody", deployment(shared=False), "tenants"),
