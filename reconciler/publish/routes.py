@@ -103,6 +103,11 @@ class RoutesPublisher:
         self._said_at = 0.0
         self._lock = asyncio.Lock()
 
+    @property
+    def newest_lease(self) -> int:
+        """Lease generation of the current table as last read or written: a floor for the next lease."""
+        return 0 if self._known is None else self._known.table.lease
+
     async def current(self) -> RoutingTable | None:
         """The newest table that carries our signature, in Redis or on disk; None: there is none.
 

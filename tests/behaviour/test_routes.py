@@ -123,9 +123,11 @@ async def test_a_restarted_reconciler_knows_the_last_table(
         connect("redis://127.0.0.1:1"), KEY, tmp_path / "a" / "routes", timeout_s=0.5
     )
     for other in (from_redis, from_file):
+        assert other.newest_lease == 0
         current = await other.current()
         assert current is not None
         assert current.functions[0].name == "chat"
+        assert other.newest_lease == 1
     assert await from_redis.publish(table("chat"), lease=lease(2)) == 1
 
 
