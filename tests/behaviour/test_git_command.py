@@ -120,3 +120,20 @@ async def test_a_hanging_git_and_its_children_are_killed(
     assert time.monotonic() - started < 5
     pid = int((tmp_path / "pid").read_text())
     await eventually(lambda: not psutil.pid_exists(pid))
+
+
+@pytest.mark.parametrize(
+    ("said", "refused"),
+    [
+        ("fatal: Authentication failed for 'https://h/x/'", True),
+        ("fatal: could not read Username for 'https://h': terminal prompts disabled", True),
+        ("git@h: Permission denied (publickey).", True),
+        ("error: The requested URL returned error: 403", True),
+        ("Host key verification failed.", True),
+        ("ssh: connect to host h port 22: Connection refused", False),
+        ("fatal: unable to access 'https://h/': Could not resolve host: h", False),
+        ("error: The requested URL returned error: 503", False),
+    ],
+)
+def test_refused_credentials_are_told_from_an_outage(said: str, refused: bool) -> None:
+    assert GitFailed(["fetch"], 128, b"", said.encode()).credentials_refused == refused
