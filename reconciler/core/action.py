@@ -57,6 +57,8 @@ class Noop:
     deployment: str
     reason: str
     held: bool = False
+    backend: str = ""
+    """Where it stands, if that is not where it is wanted."""
 
 
 Action = Create | Update | Delete | Noop
@@ -74,6 +76,11 @@ class Plan:
     @property
     def effects(self) -> tuple[Effect, ...]:
         return tuple(a for a in self.actions if not isinstance(a, Noop))
+
+    @property
+    def staying(self) -> frozenset[str]:
+        """Workloads that run where nothing is wanted, and that are not deleted in this pass."""
+        return frozenset(a.name for a in self.actions if isinstance(a, Noop) and a.backend)
 
     @property
     def empty(self) -> bool:

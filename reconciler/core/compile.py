@@ -5,6 +5,7 @@ Not here: what is wrong with the objects (references), what exists (observed), o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Final
 
@@ -23,10 +24,11 @@ MAX_NAME: Final = 63
 def workload_name(deployment: str, cluster: str) -> str:
     """Deterministic and unique: the one place a crash between create and record looks for it."""
     name = f"{deployment}--{cluster}"
-    if len(name) <= MAX_NAME:
+    if len(name) <= MAX_NAME and name.count("--") == 1:
         return name
-    mark = canonical_digest([deployment, cluster])[:8]
-    return f"{deployment[: MAX_NAME - 9]}-{mark}"
+    # Too long, or not to be told apart where one of the names holds a double dash itself.
+    mark = canonical_digest([deployment, cluster])[:12]
+    return f"{re.sub('-+', '-', deployment)[: MAX_NAME - 13].rstrip('-')}-{mark}"
 
 
 def platform_of(objects: Mapping[ObjectKey, ConfigObject]) -> PlatformSpec:
@@ -88,11 +90,16 @@ def compile_workloads(effective: Effective) -> Desired:
 
     templates: dict[tuple[str, str], tuple[Template, str]] = {}
     workloads: dict[str, Workload] = {}
+    shielded = dict(effective.shielded)
     for deployment in sorted(deployments, key=lambda d: d.metadata.name):
         spec = deployment.spec
         function = functions[spec.function]
         place = choose_cluster(spec.placement, clusters)
         if place is None:
+            name = deployment.metadata.name
+            shielded[name] = (
+                f"no listed cluster meets the placement constraints of Deployment/{name}"
+            )
             continue
         cluster = clusters[place]
         made = templates.get((spec.function, place))
@@ -115,7 +122,12 @@ def compile_workloads(effective: Effective) -> Desired:
             tenants=tuple(sorted(spec.tenants)),
             weight=spec.weight,
         )
-    return Desired(workloads=workloads, prune_blocked=effective.prune_blocked)
+    return Desired(
+        workloads=workloads,
+        prune_blocked=effective.prune_blocked,
+        shielded=shielded,
+        deployments_before=effective.deployments_before,
+    )
 
 
 def _template(function: Function, cluster: Cluster) -> Template:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from reconciler.core.action import Action, Change, Create, Delete, Noop, Plan, Update
 from reconciler.core.diff import diff
-from reconciler.core.observed import Observation, ObservedWorkload, Unknown
+from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
 from reconciler.core.workload import Desired, Template, Workload
 from schemas.platform import Prune
 
@@ -116,7 +116,9 @@ def _one(workload: Workload, current: ObservedWorkload | None, foreign: bool) ->
         return Create(workload, "wanted again while it is being deleted")
     if current.spec_digest != workload.spec_digest:
         changes = tuple(diff(current.template, template_data(workload.template)))
-        what = ", ".join(c.path for c in changes[:3]) if current.template else "template"
+        if not current.template or not changes:
+            return Update(workload, "roll", "template changed")
+        what = ", ".join(c.path for c in changes[:3])
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
         return Update(workload, "roll", f"{what}{more} changed", changes)
     if current.replicas_wanted != workload.replicas:
@@ -129,79 +131,126 @@ def _deletions(
     desired: Desired, seen: Mapping[str, Observation], policy: PlanPolicy, now: float
 ) -> tuple[list[Action], list[str]]:
     """Deletes, or the reasons why there are none."""
-    extra: list[tuple[str, ObservedWorkload]] = []
-    total = 0
-    for backend, observation in sorted(seen.items()):
-        for name, current in sorted(observation.workloads.items()):
-            total += not current.deleting
-            wanted = desired.workloads.get(name)
-            if (wanted is None or wanted.backend != backend) and not current.deleting:
-                extra.append((backend, current))
+    extra = [
+        _Extra(backend, current)
+        for backend, observation in sorted(seen.items())
+        for name, current in sorted(observation.workloads.items())
+        if not current.deleting and not _is_wanted(desired, backend, name)
+    ]
     if not extra:
         return [], []
-
-    def hold(reason: str, items: Sequence[tuple[str, ObservedWorkload]]) -> list[Action]:
-        return [Noop(c.name, c.deployment, reason, held=True) for _, c in items]
-
     if policy.rewritten:
         reason = (
             "history was rewritten: nothing is deleted until a commit descends from what was seen"
         )
-        return hold(reason, extra), [reason]
+        return [item.hold(reason) for item in extra], [reason]
     if desired.prune_blocked:
         reason = f"nothing is deleted: {desired.prune_blocked}"
-        return hold(reason, extra), [reason]
+        return [item.hold(reason) for item in extra], [reason]
 
-    wanted_deployments = {w.deployment for w in desired.workloads.values()}
-    orphans: list[tuple[str, ObservedWorkload]] = []
-    pruned: list[tuple[str, ObservedWorkload]] = []
-    for item in extra:
-        name = item[1].deployment
-        ours = policy.known is not None and name in policy.known
-        (pruned if ours or name in wanted_deployments else orphans).append(item)
-
+    places = _places(desired)
     actions: list[Action] = []
     refusals: list[str] = []
+    orphans: list[_Extra] = []
+    pruned: list[_Extra] = []
+    for item in extra:
+        name = item.current.deployment
+        if name in desired.shielded:
+            actions.append(item.hold(desired.shielded[name]))
+        elif name in places or (policy.known is not None and name in policy.known):
+            pruned.append(item)
+        else:
+            orphans.append(item)
     if orphans and policy.prune.orphans == "report":
-        names = ", ".join(c.name for _, c in orphans[:5])
-        refusals.append(f"orphans, carrying our mark but named by no commit: {names}")
-        actions += hold("an orphan: the prune policy reports it", orphans)
+        shown = ", ".join(item.current.name for item in orphans[:5])
+        more = f" and {len(orphans) - 5} more" if len(orphans) > 5 else ""
+        refusals.append(f"orphans, carrying our mark but named by no commit: {shown}{more}")
+        actions += [item.hold("an orphan: the prune policy reports it") for item in orphans]
     else:
-        pruned = sorted([*pruned, *orphans], key=lambda item: item[1].name)
+        pruned += orphans
+    if not pruned:
+        return actions, refusals
 
-    allowed = max(policy.prune.max_deletions, int(total * policy.prune.max_deletions_percent / 100))
-    everything = not desired.workloads and len(pruned) > 1
-    confirmed = policy.confirmation is not None and policy.confirmation.covers(
-        len(pruned), policy.parents
-    )
-    if pruned and (len(pruned) > allowed or everything) and not confirmed:
-        reason = (
-            f"{len(pruned)} of {total} workloads would be deleted, "
-            + (
-                "which is all of them"
-                if everything
-                else f"more than the {allowed} the policy allows"
-            )
-            + "; to confirm, commit with the trailer "
-            f"'Detoserve-Confirm-Deletions: {len(pruned)} {policy.revision[:12]}'"
-        )
-        return actions + hold("too many deletions at once: not confirmed", pruned), [
-            *refusals,
-            reason,
-        ]
+    if refusal := _too_many(len(pruned), desired, policy):
+        held = [item.hold("too many deletions at once: not confirmed") for item in pruned]
+        return actions + held, [*refusals, refusal]
 
     pending = policy.pending or {}
-    for backend, current in pruned:
+    for item in pruned:
+        current = item.current
         wait = pending.get(current.name)
-        if wait is not None and wait.until > now:
-            actions.append(Noop(current.name, current.deployment, wait.reason, held=True))
-        elif current.quarantined:
-            reason = f"quarantined: {current.detail}"
-            actions.append(Noop(current.name, current.deployment, reason, held=True))
+        if current.quarantined:
+            actions.append(item.hold(f"quarantined: {current.detail}"))
+        elif wait is not None and wait.until > now:
+            actions.append(item.hold(wait.reason))
+        elif reason := _still_carries(current, places.get(current.deployment, ()), seen):
+            actions.append(item.hold(reason))
         else:
             reason = f"Deployment/{current.deployment} no longer places it here"
-            actions.append(Delete(current.name, current.deployment, backend, reason))
+            actions.append(Delete(current.name, current.deployment, item.backend, reason))
     return actions, refusals
+
+
+@dataclass(frozen=True, slots=True)
+class _Extra:
+    """A workload of ours that runs where nothing is wanted."""
+
+    backend: str
+    current: ObservedWorkload
+
+    def hold(self, reason: str) -> Noop:
+        return Noop(self.current.name, self.current.deployment, reason, True, self.backend)
+
+
+def _is_wanted(desired: Desired, backend: str, name: str) -> bool:
+    wanted = desired.workloads.get(name)
+    return wanted is not None and wanted.backend == backend
+
+
+def _places(desired: Desired) -> dict[str, list[Workload]]:
+    """Deployment -> where it is wanted."""
+    places: dict[str, list[Workload]] = {}
+    for workload in desired.workloads.values():
+        places.setdefault(workload.deployment, []).append(workload)
+    return places
+
+
+def _too_many(count: int, desired: Desired, policy: PlanPolicy) -> str:
+    """Why so many deletions need a confirmation; "" where they do not.
+
+    The share is of what there was before this revision, not of what runs: that grows by what the
+    same revision creates, and would let through in a second pass what the first one refused.
+    """
+    share = int(desired.deployments_before * policy.prune.max_deletions_percent / 100)
+    allowed = max(policy.prune.max_deletions, share)
+    everything = not desired.workloads and count > 1
+    if count <= allowed and not everything:
+        return ""
+    if policy.confirmation is not None and policy.confirmation.covers(count, policy.parents):
+        return ""
+    why = "which leaves none" if everything else f"more than the {allowed} the policy allows"
+    return (
+        f"{count} workloads would be deleted, {why}; to confirm, commit with the trailer "
+        f"'Detoserve-Confirm-Deletions: {count} {policy.revision[:12]}'"
+    )
+
+
+def _still_carries(
+    old: ObservedWorkload, places: Sequence[Workload], seen: Mapping[str, Observation]
+) -> str:
+    """Why a deployment's old place must stay until its new one can take over; "" where it need not."""
+    if not places:
+        return ""
+    needed = min(old.count(Phase.READY), sum(place.replicas for place in places))
+    ready = 0
+    for place in places:
+        observation = seen.get(place.backend)
+        current = observation.workloads.get(place.name) if observation else None
+        ready += current.count(Phase.READY) if current and not current.deleting else 0
+    if ready >= needed:
+        return ""
+    where = ", ".join(sorted(place.cluster for place in places))
+    return f"it serves until {where} has {needed} replicas ready; {ready} are"
 
 
 def template_data(template: Template) -> dict[str, Any]:

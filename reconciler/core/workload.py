@@ -57,3 +57,7 @@ class Desired:
 
     workloads: Mapping[str, Workload] = field(default_factory=dict)
     prune_blocked: str = ""
+    shielded: Mapping[str, str] = field(default_factory=dict)
+    """Deployments that are wanted, but not known as what or where; and why. What runs of them stays."""
+    deployments_before: int = 0
+    """How many deployments there were before this revision; what a share of deletions is of."""
