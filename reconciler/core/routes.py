@@ -1,19 +1,25 @@
 """From objects and what was observed to the content of the routing table. Pure.
 
 An arm whose backend cannot be asked keeps the replicas of the table before: unknown is not absent.
+What is not deleted stays routed, also where nothing is wanted any more: a refused deletion that took
+the traffic away would be an outage all the same.
 Not here: generations, signatures and Redis (publish).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from reconciler.core.compile import platform_of, served_name
+from msgspec.structs import replace
+
+from reconciler.core.compile import backend_of, platform_of, served_name, workload_name
 from reconciler.core.config import ConfigObject, ObjectKey
 from reconciler.core.observed import Observation, ObservedReplica, ObservedWorkload, Phase, Unknown
 from reconciler.core.workload import Desired, Workload
 from schemas import cluster, function, tenant
 from schemas.platform import PlatformSpec
+from schemas.routing_policy import resolve
 from schemas.wire import routing
 
 
@@ -24,8 +30,12 @@ def compile_routes(
     before: routing.RoutingTable | None,
     *,
     revision: str,
+    staying: Collection[str] = (),
 ) -> routing.RoutingTable:
-    """The table's content; generation, lease and time are the publisher's to fill in."""
+    """The table's content; generation, lease and time are the publisher's to fill in.
+
+    `staying`: workloads that run where nothing is wanted and are not deleted (`Plan.staying`).
+    """
     platform = platform_of(objects)
     functions: list[function.Function] = []
     tenants: list[tenant.Tenant] = []
@@ -41,43 +51,126 @@ def compile_routes(
             case _:
                 pass
 
-    arms = _arms(desired, observed, before)
+    arms = _arms(desired, observed, before, {f.metadata.name for f in functions})
+    backends = {c.metadata.name: backend_of(c) for c in clusters}
+    _add_staying(arms, desired, observed, before, staying, backends)
+    made = [_function(f, platform, arms.of(f.metadata.name)) for f in functions]
+    gone = _still_running(before, made, arms)
+    placed = {place[1] for found in arms.found.values() for place in found}
+    here = [_cluster(c) for c in clusters]
+    left = [
+        c
+        for c in (before.clusters if before else ())
+        if c.name in placed and c.name not in backends
+    ]
     return routing.RoutingTable(
         generation=0,
         revision=revision,
         published_at=0.0,
         max_table_age_s=platform.auth.max_table_age,
-        functions=tuple(_function(f, platform, arms.get(f.metadata.name, ())) for f in functions),
+        functions=tuple(sorted([*made, *gone], key=lambda f: f.name)),
         tenants=tuple(_tenant(t) for t in tenants),
-        clusters=tuple(_cluster(c) for c in clusters),
+        clusters=tuple(sorted([*here, *left], key=lambda c: c.name)),
     )
+
+
+Place = tuple[str, str]
+"""(deployment, cluster)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Arms:
+    """Arms by function and place."""
+
+    found: dict[str, dict[Place, routing.Arm]]
+
+    def add(self, function_name: str, arm: routing.Arm) -> None:
+        """Joins the replicas of an arm that is there already."""
+        mine = self.found.setdefault(function_name, {})
+        place = (arm.deployment, arm.cluster)
+        if there := mine.get(place):
+            replicas = {r.id: r for r in (*arm.replicas, *there.replicas)}
+            arm = replace(there, replicas=tuple(r for _, r in sorted(replicas.items())))
+        mine[place] = arm
+
+    def of(self, function_name: str) -> tuple[routing.Arm, ...]:
+        return tuple(arm for _, arm in sorted(self.found.get(function_name, {}).items()))
 
 
 def _arms(
     desired: Desired,
     observed: Sequence[Observation | Unknown],
     before: routing.RoutingTable | None,
-) -> dict[str, tuple[routing.Arm, ...]]:
+    names: Collection[str],
+) -> _Arms:
+    """The arms of everything wanted."""
     seen = {o.backend: o for o in observed if isinstance(o, Observation)}
     unknown = {o.backend for o in observed if isinstance(o, Unknown)}
-    last = {
-        (arm.deployment, arm.cluster): arm.replicas
-        for f in (before.functions if before else ())
-        for arm in f.arms
-    }
-    arms: dict[str, list[routing.Arm]] = {}
+    last: dict[Place, list[tuple[str, routing.Arm]]] = {}
+    home: dict[str, str] = {}
+    for f in before.functions if before else ():
+        for arm in f.arms:
+            last.setdefault((arm.deployment, arm.cluster), []).append((f.name, arm))
+            home.update((r.id, f.name) for r in arm.replicas)
+
+    arms = _Arms({})
     for workload in desired.workloads.values():
+        replicas: dict[str, list[routing.Replica]] = {workload.function: []}
         if workload.backend in unknown:
-            replicas = last.get((workload.deployment, workload.cluster), ())
+            for name, arm in last.get((workload.deployment, workload.cluster), ()):
+                replicas.setdefault(name, []).extend(arm.replicas)
         elif workload.backend in seen:
-            replicas = _replicas(seen[workload.backend].workloads.get(workload.name))
-        else:
-            replicas = ()
-        arms.setdefault(workload.function, []).append(_arm(workload, replicas))
-    return {
-        name: tuple(sorted(found, key=lambda a: (a.deployment, a.cluster)))
-        for name, found in arms.items()
-    }
+            for replica in _replicas(seen[workload.backend].workloads.get(workload.name)):
+                fresh = replica.spec_digest == workload.spec_digest
+                # One of the spec before may serve another function's model, and answers only to it.
+                name = workload.function if fresh else home.get(replica.id, workload.function)
+                replicas.setdefault(name, []).append(replica)
+        for name, found in replicas.items():
+            if name in names:
+                arms.add(name, _arm(workload, tuple(found)))
+    return arms
+
+
+def _add_staying(
+    arms: _Arms,
+    desired: Desired,
+    observed: Sequence[Observation | Unknown],
+    before: routing.RoutingTable | None,
+    staying: Collection[str],
+    backends: Mapping[str, str],
+) -> None:
+    """Arms of the table before that nothing wants, but that still run or may do so."""
+    wanted = {(w.deployment, w.cluster): w.backend for w in desired.workloads.values()}
+    by_deployment = {w.deployment: w for w in desired.workloads.values()}
+    unknown = {o.backend for o in observed if isinstance(o, Unknown)}
+    for f in before.functions if before else ():
+        for arm in f.arms:
+            place = (arm.deployment, arm.cluster)
+            name = workload_name(*place)
+            new = by_deployment.get(arm.deployment)
+            if new is not None:
+                arm = replace(arm, tenants=new.tenants, weight=new.weight)  # noqa: PLW2901 - its newest audience
+            if name in staying:
+                for o in observed:
+                    if isinstance(o, Observation) and o.backend != wanted.get(place):
+                        there = o.workloads.get(name)
+                        if there is not None:
+                            arms.add(f.name, replace(arm, replicas=_replicas(there)))
+            elif new is not None and place not in wanted and backends.get(arm.cluster) in unknown:
+                arms.add(f.name, arm)
+
+
+def _still_running(
+    before: routing.RoutingTable | None, made: Sequence[routing.Function], arms: _Arms
+) -> list[routing.Function]:
+    """Functions that are gone from the repo while arms of theirs stay; not where a name is taken."""
+    names = {f.name for f in made}
+    taken = {name for f in made for name in (f.served_name, *f.aliases)} | names
+    return [
+        replace(f, fallbacks=tuple(n for n in f.fallbacks if n in names), arms=arms.of(f.name))
+        for f in (before.functions if before else ())
+        if arms.of(f.name) and taken.isdisjoint((f.name, f.served_name, *f.aliases))
+    ]
 
 
 def _arm(workload: Workload, replicas: tuple[routing.Replica, ...]) -> routing.Arm:
@@ -114,6 +207,11 @@ def _function(
     value: function.Function, platform: PlatformSpec, arms: tuple[routing.Arm, ...]
 ) -> routing.Function:
     spec, name = value.spec, value.metadata.name
+    if limit := spec.routing.max_concurrent:
+        arms = tuple(
+            replace(arm, replicas=tuple(replace(r, max_concurrent=limit) for r in arm.replicas))
+            for arm in arms
+        )
     return routing.Function(
         name=name,
         served_name=served_name(name, spec),
@@ -132,26 +230,23 @@ def _function(
 
 
 def _policy(spec: function.FunctionSpec, platform: PlatformSpec) -> routing.Policy:
-    mine, base = spec.routing, platform.routing
-    weights = mine.weights or base.weights
-    affinity = mine.session_affinity or base.session_affinity
-    timeouts = mine.timeouts or base.timeouts
-    retries = mine.retries or base.retries
+    base = resolve(spec.routing, platform.routing)
+    weights, timeouts = base.weights, base.timeouts
     return routing.Policy(
-        name=mine.policy or base.policy,
+        name=base.policy,
         weights=routing.Weights(
             kv_cache=weights.kv_cache,
             session=weights.session,
             load=weights.load,
             latency=weights.latency,
         ),
-        session_affinity=affinity.enabled,
-        session_ttl_s=affinity.ttl,
+        session_affinity=base.session_affinity.enabled,
+        session_ttl_s=base.session_affinity.ttl,
         connect_timeout_s=timeouts.connect,
         first_byte_timeout_s=timeouts.first_byte,
         between_chunks_timeout_s=timeouts.between_chunks,
-        retry_attempts=retries.attempts,
-        retry_budget_percent=retries.budget_percent,
+        retry_attempts=base.retries.attempts,
+        retry_budget_percent=base.retries.budget_percent,
     )
 
 

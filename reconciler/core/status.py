@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from reconciler.core.action import Noop, Plan
+from reconciler.core.action import Create, Noop, Plan, Update
 from reconciler.core.config import ConfigObject, ObjectKey, Problem
 from reconciler.core.last_good import Effective
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
@@ -62,15 +62,7 @@ SUMMARY_PATH = "status/summary.yaml"
 
 def documents(world: World, before: Mapping[str, Document], now: str) -> dict[str, Document]:
     """Path -> document, for every object known and the summary. `now` is RFC 3339 in UTC."""
-    by_deployment: dict[str, list[Workload]] = {}
-    for workload in world.desired.workloads.values():
-        by_deployment.setdefault(workload.deployment, []).append(workload)
-    observed = {
-        name: current
-        for o in world.observed
-        if isinstance(o, Observation)
-        for name, current in o.workloads.items()
-    }
+    view = _View.of(world)
     errors: dict[ObjectKey, list[Problem]] = {}
     for problem in world.effective.problems:
         if problem.key is not None and problem.severity == "error":
@@ -82,10 +74,9 @@ def documents(world: World, before: Mapping[str, Document], now: str) -> dict[st
         facts: Document = {}
         conditions: list[Document]
         if key.kind == "Deployment":
-            mine = by_deployment.get(key.name, [])
-            conditions, facts = _deployment(world, key.name, mine, observed)
+            conditions, facts = _deployment(view, key.name)
         elif key.kind == "Function":
-            conditions, facts = _function(world, key.name, observed)
+            conditions, facts = _function(view, key.name)
         else:
             conditions = [_condition("Ready", True, "Accepted", "in effect")]
         conditions = _with_problems(conditions, errors.get(key, []), key in world.effective.held)
@@ -110,12 +101,45 @@ def _condition(kind: str, status: bool | None, reason: str, message: str) -> Doc
     return {"type": kind, "status": word, "reason": reason, "message": message}
 
 
-def _deployment(
-    world: World,
-    name: str,
-    workloads: Sequence[Workload],
-    observed: Mapping[str, ObservedWorkload],
-) -> tuple[list[Document], Document]:
+@dataclass(frozen=True, slots=True)
+class _View:
+    """The world, ordered for looking up one object after another."""
+
+    world: World
+    by_deployment: Mapping[str, Sequence[Workload]]
+    by_function: Mapping[str, Sequence[Workload]]
+    observed: Mapping[tuple[str, str], ObservedWorkload]
+    """(backend, workload name) -> what is seen."""
+    unknown: Mapping[str, str]
+    held: Mapping[str, str]
+    acting: Mapping[str, str]
+
+    @staticmethod
+    def of(world: World) -> _View:
+        by_deployment: dict[str, list[Workload]] = {}
+        by_function: dict[str, list[Workload]] = {}
+        for _, workload in sorted(world.desired.workloads.items()):
+            by_deployment.setdefault(workload.deployment, []).append(workload)
+            by_function.setdefault(workload.function, []).append(workload)
+        seen = [o for o in world.observed if isinstance(o, Observation)]
+        actions = world.plan.actions
+        return _View(
+            world,
+            by_deployment,
+            by_function,
+            {(o.backend, name): w for o in seen for name, w in o.workloads.items()},
+            {o.backend: o.reason for o in world.observed if isinstance(o, Unknown)},
+            {a.name: a.reason for a in actions if isinstance(a, Noop) and a.held and not a.backend},
+            {a.name: a.reason for a in actions if isinstance(a, Create | Update)},
+        )
+
+    def of_workload(self, workload: Workload) -> ObservedWorkload | None:
+        return self.observed.get((workload.backend, workload.name))
+
+
+def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
+    world, held, unknown, acting = view.world, view.held, view.unknown, view.acting
+    workloads = view.by_deployment.get(name, ())
     if not workloads:
         reason = "no listed cluster meets the placement constraints"
         return [
@@ -124,11 +148,14 @@ def _deployment(
         ], {}
     # One workload a deployment today; a canary will have two.
     workload = workloads[0]
-    current = observed.get(workload.name)
-    held = {a.name: a.reason for a in world.plan.actions if isinstance(a, Noop) and a.held}
-    unknown = {o.backend: o.reason for o in world.observed if isinstance(o, Unknown)}
-    acting = {a.name: a.reason for a in world.plan.effects}
+    current = view.of_workload(workload)
     facts: Document = {"workload": workload.name, "cluster": workload.cluster}
+    if workload.backend in unknown:
+        text = f"backend {workload.backend} cannot be asked: {unknown[workload.backend]}"
+        return [
+            _condition("Ready", None, "BackendUnknown", text),
+            _condition("Degraded", True, "BackendUnknown", text),
+        ], facts | {"replicas": {"wanted": workload.replicas}}
     replicas = current.replicas if current else ()
     fresh = [r for r in replicas if r.spec_digest == workload.spec_digest]
     up = [r for r in replicas if r.phase is Phase.READY]
@@ -147,12 +174,6 @@ def _deployment(
         if r.url and r.phase in (Phase.READY, Phase.DRAINING)
     ]
 
-    if workload.backend in unknown:
-        text = f"backend {workload.backend} cannot be asked: {unknown[workload.backend]}"
-        return [
-            _condition("Ready", None, "BackendUnknown", text),
-            _condition("Degraded", True, "BackendUnknown", text),
-        ], facts
     if workload.name in held and current is None:
         reason = "NotActedOnYet" if workload.backend == "skypilot" else "Held"
         return [
@@ -161,6 +182,7 @@ def _deployment(
         ], facts
 
     conditions: list[Document] = []
+    reconciling: Document | None = None
     failure = world.failures.get(workload.name, "")
     complete = len(up_fresh) >= workload.replicas and len(replicas) - len(leaving) == len(up_fresh)
     behind = world.routing.behind(name)
@@ -179,7 +201,7 @@ def _deployment(
             _condition("Ready", is_up, "Serving" if is_up else why, counted + older + waiting)
         )
         doing = acting.get(workload.name) or (current.detail if current else "") or "converging"
-        conditions.append(_condition("Reconciling", True, why, doing))
+        reconciling = _condition("Reconciling", True, why, doing)
     sick = [r for r in replicas if r.phase in (Phase.FAILED, Phase.NOT_READY)]
     if failure:
         conditions.append(_condition("Stalled", True, "ActionFailed", failure))
@@ -187,24 +209,28 @@ def _deployment(
         conditions.append(_condition("Stalled", True, "Quarantined", current.detail))
     elif workload.name in held:
         conditions.append(_condition("Stalled", True, "Held", held[workload.name]))
+    elif reconciling:
+        conditions.append(reconciling)
     if sick:
         text = "; ".join(f"{r.id} {r.phase.value}: {r.detail or 'no detail'}" for r in sick[:3])
         conditions.append(_condition("Degraded", True, "ReplicasFailing", text))
     return conditions, facts
 
 
-def _function(
-    world: World, name: str, observed: Mapping[str, ObservedWorkload]
-) -> tuple[list[Document], Document]:
-    mine = sorted(
-        (w for w in world.desired.workloads.values() if w.function == name), key=lambda w: w.name
-    )
-    up = sum(observed[w.name].count(Phase.READY) for w in mine if w.name in observed)
+def _function(view: _View, name: str) -> tuple[list[Document], Document]:
+    mine = view.by_function.get(name, ())
+    seen = [current for w in mine if (current := view.of_workload(w))]
+    up = sum(current.count(Phase.READY) for current in seen)
     facts: Document = {"deployments": [w.deployment for w in mine], "readyReplicas": up}
     if not mine:
         return [_condition("Ready", False, "NotDeployed", "no Deployment runs it")], facts
     if up:
-        return [_condition("Ready", True, "Serving", f"{up} replicas ready")], facts
+        ready = f"{up} replica{'s' * (up != 1)} ready"
+        return [_condition("Ready", True, "Serving", ready)], facts
+    if unknown := sorted({w.backend for w in mine if w.backend in view.unknown}):
+        del facts["readyReplicas"]
+        text = f"backend {', '.join(unknown)} cannot be asked"
+        return [_condition("Ready", None, "BackendUnknown", text)], facts
     return [_condition("Ready", False, "NoReplicas", "no replica is ready")], facts
 
 
@@ -216,7 +242,9 @@ def _with_problems(
     text = str(problems[0]) + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
     if held:
         text = f"the last good version stays in effect; {text}"
-    kept = [c for c in conditions if c["type"] != "Stalled"]
+    also = [c["message"] for c in conditions if c["type"] == "Stalled"]
+    text = "; also: ".join([text, *also])
+    kept = [c for c in conditions if c["type"] not in ("Stalled", "Reconciling")]
     if not kept:
         kept = [
             _condition("Ready", False, "Invalid", "not in effect: the repo's version is invalid")
@@ -256,6 +284,9 @@ def _status(
         status["source"] = str(obj.location)
         if unacted := not_acted_on_yet(obj.value):
             status["notActedOnYet"] = unacted
+    elif "observedGeneration" in old:
+        # Not in effect now; counted on from here when it is again.
+        status["observedGeneration"] = old["observedGeneration"]
     status |= facts
     status["conditions"] = [
         {**c, "lastTransitionTime": times.get((c["type"], c["status"])) or now} for c in conditions
