@@ -318,13 +318,14 @@ def _gpus(
             into[cluster, _likely(types, clusters.get(cluster))] += count * replicas
 
     kept = {a.name for a in made.actions if isinstance(a, Noop)}
+    told = {a.name for a in made.effects if not isinstance(a, Delete)}
     for name, seen in current.items():
         cluster = cluster_of(name, seen.deployment)
         take(before, cluster, seen.template, seen.replicas_wanted)
         if name in kept:
             take(after, cluster, seen.template, seen.replicas_wanted)
     for name, workload in desired.workloads.items():
-        if name not in kept:
+        if name in told:
             take(after, workload.cluster, template_data(workload.template), workload.replicas)
     for cluster, gpu_type in sorted(before.keys() | after.keys()):
         listed = [

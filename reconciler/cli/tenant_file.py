@@ -22,7 +22,8 @@ KeyEntry = dict[str, Any]
 """One item of `spec.keys` as plain data: id, sha256, and what else was set."""
 
 _DOCUMENT_START: Final = re.compile(r"^---(?=\s|$)", re.MULTILINE)
-_DASH: Final = re.compile(r"^( *)keys:[^\n]*\n(?:[ \t]*(?:#[^\n]*)?\n)*( *)- ", re.MULTILINE)
+_CRLF: Final = "\r\n"
+_DASH: Final = re.compile(r"^( *)keys:[^\n]*\n(?:[ \t\r]*(?:#[^\n]*)?\n)*( *)- ", re.MULTILINE)
 
 
 class EditRefused(ValueError):
@@ -135,7 +136,7 @@ def _find(text: str, tenant: str) -> tuple[int, int, Any]:
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
         part = text[start:end]
         try:
-            document = _yaml(part).load(part)
+            document = _yaml(part).load(part.replace(_CRLF, "\n"))
         except YAMLError as error:
             raise EditRefused(
                 f"the file is no valid YAML; run detoserve validate: {error}"
@@ -158,6 +159,8 @@ def _edit(text: str, tenant: str, change: Callable[[list[KeyEntry]], None]) -> s
     out = io.StringIO()
     yaml.dump(document, out)
     made = out.getvalue().removesuffix("...\n")
+    if _CRLF in part:
+        made = made.replace("\n", _CRLF)
     edited = text[:start] + made + text[end:]
     _check(text, edited, tenant, change)
     return edited
