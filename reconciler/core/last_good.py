@@ -8,7 +8,7 @@ Not here: reading files (sources).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from reconciler.core.config import ConfigObject, Loaded, Location, ObjectKey, Problem
@@ -78,13 +78,18 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
     lost = _unattributed(loaded, known)
     named_badly = _named_badly(loaded.problems)
     for key, obj in sorted(known.items()):
-        path = obj.location.path
-        if key not in objects and (lost or path in loaded.failed_paths or key in named_badly):
+        if key in objects:
+            continue
+        if obj.location.path in loaded.failed_paths or key in named_badly:
             objects[key] = obj
-            held.add(key)
-            if key not in named_badly:
-                where = path if path in loaded.failed_paths else ", ".join(lost[:3])
-                problems.append(_not_loaded(obj, where))
+        elif lost:
+            # From now on that file is where it stands, until the file loads and tells otherwise.
+            objects[key] = replace(obj, location=Location(lost[0]))
+        else:
+            continue
+        held.add(key)
+        if key not in named_badly:
+            problems.append(_not_loaded(objects[key]))
 
     dropped: set[ObjectKey] = set()
     tolerated: set[ObjectKey] = set()
@@ -160,10 +165,10 @@ def _named_badly(problems: Iterable[Problem]) -> set[ObjectKey]:
 
 
 def _unattributed(loaded: Loaded, known: Objects) -> list[str]:
-    """Files that fail so early that anything could stand in them, also what moved there."""
+    """Files that fail with nothing to tell what stands in them; what is gone may have moved there."""
     told = {p.location.path for p in loaded.problems if p.severity == "error" and p.key is not None}
-    held = {obj.location.path for obj in known.values()}
-    return sorted(loaded.failed_paths - told - held)
+    stood = {obj.location.path for key, obj in known.items() if key not in loaded.objects}
+    return sorted(loaded.failed_paths - told - stood)
 
 
 def _shielded(loaded: Loaded, objects: Objects) -> dict[str, str]:
@@ -175,9 +180,10 @@ def _shielded(loaded: Loaded, objects: Objects) -> dict[str, str]:
     }
 
 
-def _not_loaded(obj: ConfigObject, where: str) -> Problem:
-    message = f"{where} does not load; the last good {obj.key} stays in effect until it does"
-    return Problem(Location(obj.location.path), message, key=obj.key)
+def _not_loaded(obj: ConfigObject) -> Problem:
+    path = obj.location.path
+    message = f"{path} does not load; the last good {obj.key} stays in effect until it does"
+    return Problem(Location(path), message, key=obj.key)
 
 
 def _still_needed(old: ConfigObject, user: ConfigObject, *, gone: bool) -> Problem:
