@@ -93,6 +93,7 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
 
     dropped: set[ObjectKey] = set()
     tolerated: set[ObjectKey] = set()
+    users: dict[ObjectKey, list[ObjectKey]] = {}
     while True:
         found = check_references(objects)
         told = _named_badly(problems) if dropped or held else set()
@@ -101,19 +102,35 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
         if not bad:
             break
         if edited := [key for key in bad if _differs(objects[key], known.get(key))]:
-            for key in edited:
+            users = users or _users(objects)
+            while edited:
+                key = edited.pop()
+                if not _differs(objects.get(key), known.get(key)):
+                    continue
                 if key in known:
                     objects[key] = known[key]
                     held.add(key)
-                else:
+                elif key in objects:
                     del objects[key]
                     dropped.add(key)
+                    # What was edited to need it falls in the same round: chains are long.
+                    for user in users.get(key, ()):
+                        using = objects.get(user)
+                        if using and key in needs(using) and _differs(using, known.get(user)):
+                            problems.append(_needs_invalid(using, key))
+                            edited.append(user)
         elif culprits := dict(_culprits(bad, objects, known, dropped)):
             # Nobody edited the bad ones: what they need was changed or deleted, and comes back.
-            for key, user in culprits.items():
-                problems.append(_still_needed(known[key], user, gone=key not in objects))
+            while culprits:
+                key, needed_by = culprits.popitem()
+                problems.append(_still_needed(known[key], needed_by, gone=key not in objects))
                 objects[key] = known[key]
                 held.add(key)
+                culprits |= {
+                    need: known[key]
+                    for need in needs(known[key])
+                    if need in known and need not in objects and need not in dropped
+                }
         else:
             for key in bad:
                 if all(need in objects for need in needs(objects[key])):
@@ -159,6 +176,15 @@ def _culprits(
                 yield need, objects[key]
 
 
+def _users(objects: Objects) -> dict[ObjectKey, list[ObjectKey]]:
+    """Object -> the objects that need it."""
+    users: dict[ObjectKey, list[ObjectKey]] = {}
+    for key, obj in sorted(objects.items()):
+        for need in needs(obj):
+            users.setdefault(need, []).append(key)
+    return users
+
+
 def _named_badly(problems: Iterable[Problem]) -> set[ObjectKey]:
     """Objects that an error is about."""
     return {p.key for p in problems if p.severity == "error" and p.key is not None}
@@ -184,6 +210,11 @@ def _not_loaded(obj: ConfigObject) -> Problem:
     path = obj.location.path
     message = f"{path} does not load; the last good {obj.key} stays in effect until it does"
     return Problem(Location(path), message, key=obj.key)
+
+
+def _needs_invalid(user: ConfigObject, need: ObjectKey) -> Problem:
+    message = f"{user.key} needs {need}, which is invalid itself; mend that first"
+    return Problem(user.location, message, key=user.key)
 
 
 def _still_needed(old: ConfigObject, user: ConfigObject, *, gone: bool) -> Problem:

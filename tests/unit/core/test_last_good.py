@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from reconciler.core import last_good
 from reconciler.core.compile import compile_workloads
 from reconciler.core.config import ConfigObject, Loaded, Location, ObjectKey, Problem
 from reconciler.core.last_good import Objects, effective
@@ -97,7 +98,6 @@ class Repo:
         return result
 
 
-@settings(max_examples=150)
 @given(history=st.lists(readings(), min_size=1, max_size=6))
 def test_what_is_in_effect_is_valid_and_was_once_written(history):
     repo, written = Repo(), set()
@@ -132,6 +132,7 @@ def test_a_repo_that_is_valid_again_is_in_effect_exactly(history, last):
     assert all(p.severity == "warning" for p in result.problems)
 
 
+@settings(max_examples=50)
 @given(history=st.lists(readings(), min_size=2, max_size=3), data=st.data())
 def test_order_of_the_files_is_irrelevant(history, data):
     known = Repo().step(history[0]).objects
@@ -151,6 +152,7 @@ def test_it_ends_whatever_was_known_and_never_asks_for_what_is_not_there(loaded,
     compile_workloads(effective(loaded, _names(before)))
 
 
+@settings(max_examples=50)
 @given(history=st.lists(readings(), min_size=1, max_size=3))
 def test_the_same_reading_again_changes_nothing(history):
     repo = Repo()
@@ -268,3 +270,19 @@ def test_a_second_platform_does_not_replace_the_first():
     second = config_object("Platform", "other", {})
     assert effective(reading(first, second), by_key(first)).objects == by_key(first)
     assert effective(reading(first, second), None).objects == {}
+
+
+def test_long_chains_fall_and_come_back_at_once(monkeypatch):
+    """Each round costs a look at the whole repo; a chain must not cost one a link."""
+    looks = []
+
+    def counted(objects):
+        looks.append(None)
+        return check_references(objects)
+
+    monkeypatch.setattr(last_good, "check_references", counted)
+    chain = [function(f"f{i}", routing={"fallbacks": [f"f{i + 1}"]}) for i in range(200)]
+    assert effective(reading(*chain), None).objects == {}
+    before = by_key(*chain, function("f200"))
+    assert effective(reading(chain[0]), before).objects == before
+    assert len(looks) < 10

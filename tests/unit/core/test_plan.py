@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.core.action import Create, Delete, Noop, Plan, Update
@@ -94,6 +94,7 @@ def test_a_calm_world_ends_as_desired(data, objects):
     )
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_order_of_input_is_irrelevant(data, objects):
     desired = desired_of(*objects)
@@ -109,6 +110,7 @@ def test_order_of_input_is_irrelevant(data, objects):
     assert plan(shuffled, turned, KNOWN, 0.0) == plan(desired, observed, KNOWN, 0.0)
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_unknown_foreign_and_quarantined_are_left_alone(data, objects):
     desired = desired_of(*objects)
@@ -129,6 +131,7 @@ def test_unknown_foreign_and_quarantined_are_left_alone(data, objects):
         assert (backend, action.name) not in foreign | sick
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_every_wanted_workload_has_one_action_and_every_hold_a_reason(data, objects):
     desired = desired_of(*objects)

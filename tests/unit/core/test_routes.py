@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reconciler.core.compile import compile_workloads
@@ -59,6 +59,7 @@ def shown(*objects: ConfigObject, **of: Any) -> Observation:
     return observation(*(running(w, **of) for w in desired_of(*objects).workloads.values()))
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_only_ready_and_draining_replicas_with_a_url_are_routed(data, objects):
     desired = desired_of(*objects)
@@ -85,6 +86,7 @@ def test_only_ready_and_draining_replicas_with_a_url_are_routed(data, objects):
     assert set(arms(made)) == wanted
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_order_is_irrelevant_and_the_same_world_gives_the_same_table(data, objects):
     observed = data.draw(observed_of(desired_of(*objects)))
@@ -97,6 +99,7 @@ def test_order_is_irrelevant_and_the_same_world_gives_the_same_table(data, objec
     assert changed_deployments(first, first) == frozenset()
 
 
+@settings(max_examples=50)
 @given(data=st.data(), objects=repos())
 def test_an_unknown_backend_keeps_the_replicas_of_the_table_before(data, objects):
     observed = data.draw(observed_of(desired_of(*objects), calm=True))
