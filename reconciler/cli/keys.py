@@ -21,7 +21,8 @@ import typer
 from pydantic import ValidationError
 
 from reconciler.cli.instants import format_instant, parse_instant
-from reconciler.cli.tenant_file import (
+from reconciler.cli.terminal import answer, answer_json, command_app, fail, note
+from reconciler.edit.tenant_file import (
     EditRefused,
     KeyEntry,
     add_key,
@@ -30,7 +31,6 @@ from reconciler.cli.tenant_file import (
     remove_key,
     render_entry,
 )
-from reconciler.cli.terminal import answer, answer_json, command_app, fail, note
 from reconciler.errors import SourceInvalid
 from schemas.api_keys import ApiKey, create, digest, find_keys
 from schemas.api_keys import key_id as id_inside
@@ -126,7 +126,10 @@ def create_key(
     commit: Commit = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make a new key: shown once on stdout, and its hash for the tenant's file on stderr."""
+    """Make a new key and show it once.
+
+    The key goes to stdout; its hash, for the tenant's file, to stderr or with --repo into the file.
+    """
     _refuse_stdout_in_repo(repo)
     key = create()
     entry = _entry(key_id or key.id, key.sha256, expires, not_before, scopes)
@@ -166,7 +169,10 @@ def import_key(
     commit: Commit = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Take over a key of another gateway, so that its clients need not change. Only its hash is kept."""
+    """Take over a key of another gateway.
+
+    Its clients need not change. Only the hash is kept, and the key itself is never shown.
+    """
     if stdin == (sha256 is not None):
         fail("give either --sha256 HEX, or --stdin with the key itself on stdin")
     if stdin:
@@ -207,7 +213,10 @@ def revoke_key(
     commit: Commit = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Remove a key from the tenant's file. Routers refuse it once the commit is in effect."""
+    """Remove a key from its tenant's file.
+
+    Routers refuse it once the commit is in effect.
+    """
     written = _write(
         repo,
         path,
@@ -240,7 +249,10 @@ def rotate_key(
     commit: Commit = False,
     output: OutputOption = Output.TEXT,
 ) -> None:
-    """Make a new key with the old one's scopes and limits, and let the old one expire."""
+    """Replace a key, with an overlap.
+
+    The new key has the old one's scopes and limits; the old one expires after --overlap.
+    """
     _refuse_stdout_in_repo(repo)
     key = create()
     now = datetime.now(UTC)
@@ -310,8 +322,8 @@ def _write(
         if message is not None:
             fail("--commit needs --repo DIR, a clone of the config repo")
         return {}
-    from reconciler.cli.config_edit import WorkTree, write_atomically  # noqa: PLC0415 - slow to import
     from reconciler.core.config import ObjectKey  # noqa: PLC0415
+    from reconciler.edit.work_tree import WorkTree, write_atomically  # noqa: PLC0415 - slow to import
 
     tree = WorkTree.open(repo, path)
     file = tree.file_of(ObjectKey("Tenant", tenant))

@@ -76,7 +76,7 @@ def plan_command(
     where: Annotated[
         str,
         typer.Argument(
-            metavar="[PATH|REPO]", help="Folder as it stands; with --ref, a repository or its URL."
+            metavar="PATH|REPO", help="Folder as it stands; with --ref, a repository or its URL."
         ),
     ] = ".",
     ref: Annotated[

@@ -56,13 +56,13 @@ def render(
     where: Annotated[
         str,
         typer.Argument(
-            metavar="[PATH|REPO]", help="Folder as it stands; with --ref, a repository or its URL."
+            metavar="PATH|REPO", help="Folder as it stands; with --ref, a repository or its URL."
         ),
     ] = ".",
     deployment: Annotated[
         str | None,
         typer.Argument(
-            metavar="[DEPLOYMENT]", help="Only this one. [default: all]", show_default=False
+            metavar="DEPLOYMENT", help="Only this one. [default: all]", show_default=False
         ),
     ] = None,
     ref: Annotated[

@@ -62,11 +62,16 @@ class Output(StrEnum):
 @app.command()
 def status(
     what: Annotated[
-        list[str] | None,
+        str,
         typer.Argument(
-            metavar="[REPO] [KIND/NAME]",
-            help="Config repo, a folder or a URL [default: .]; and an object to show in full.",
-            show_default=False,
+            metavar="REPO|KIND/NAME",
+            help="Config repo, a folder or a URL; or an object to show in full, of the repo here.",
+        ),
+    ] = ".",
+    one: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KIND/NAME", help="An object of REPO to show in full.", show_default=False
         ),
     ] = None,
     branch: Annotated[
@@ -104,7 +109,7 @@ def status(
     Exit codes: 0 everything is ready, 1 something is not, 2 status cannot be read.
     A function that no deployment runs, or that is meant to have no replica, counts as ready.
     """
-    where, wanted = _arguments(what or [])
+    where, wanted = _arguments(what, one)
     if watch and wait_ready:
         fail("--watch never ends and --wait-ready does; give one of them")
     try:
@@ -127,12 +132,15 @@ def status(
         raise typer.Exit(ANSWER_IS_NO)
 
 
-def _arguments(given: list[str]) -> tuple[str, tuple[str, str] | None]:
-    repos = [word for word in given if not _OBJECT.fullmatch(word)]
-    objects = [match for word in given if (match := _OBJECT.fullmatch(word))]
-    if len(repos) > 1 or len(objects) > 1:
-        fail("give at most one REPO and one KIND/NAME, such as: detoserve status . Deployment/chat")
-    return repos[0] if repos else ".", (objects[0][1], objects[0][2]) if objects else None
+def _arguments(what: str, one: str | None) -> tuple[str, tuple[str, str] | None]:
+    """The repo, and kind and name of the object where one is named."""
+    if one is None and (match := _OBJECT.fullmatch(what)):
+        return ".", (match[1], match[2])
+    if one is None:
+        return what, None
+    if match := _OBJECT.fullmatch(one):
+        return what, (match[1], match[2])
+    return fail(f"{one!r} is no object; write KIND/NAME, such as Deployment/chat")
 
 
 def _read(repository: Repository, branch: str) -> StatusView:

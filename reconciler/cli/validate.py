@@ -38,7 +38,7 @@ def validate(
     where: Annotated[
         str,
         typer.Argument(
-            metavar="[PATH|REPO]", help="Folder to check; with --ref, a repository or its URL."
+            metavar="PATH|REPO", help="Folder to check; with --ref, a repository or its URL."
         ),
     ] = ".",
     ref: Annotated[

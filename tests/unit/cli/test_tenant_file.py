@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from reconciler.cli.tenant_file import (
+from reconciler.edit.tenant_file import (
     EditRefused,
     add_key,
     expire_key,

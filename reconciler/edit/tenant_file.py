@@ -2,7 +2,7 @@
 
 Pure: text in, text out. What comes out is parsed again and compared with what was meant, so that an
 edit that YAML would read differently is refused rather than written.
-Not here: finding the file, writing it, or committing it (config_edit).
+Not here: finding the file, writing it, or committing it (work_tree).
 """
 
 from __future__ import annotations
