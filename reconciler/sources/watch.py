@@ -1,0 +1,97 @@
+"""When to look at the config repo again. A notice says "fetch now" and nothing else.
+
+A poll is what is sure; a watch on a local repo's refs and the webhook make it fast. Losing either
+costs time, never a change. Not here: fetching (git_source).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+from watchfiles import Change, awatch
+
+log = logging.getLogger("detoserve.sources")
+
+_DEBOUNCE_MS: Final = 20
+_STEP_MS: Final = 10
+_LOST_PAUSE_S: Final = 5.0
+
+
+def local_git_dir(remote: str) -> Path | None:
+    """The Git directory of a remote on this machine; None for any other."""
+    path = Path(unquote(urlsplit(remote).path)) if remote.startswith("file://") else Path(remote)
+    for candidate in (path / ".git", path):
+        if (candidate / "HEAD").is_file() and (candidate / "objects").is_dir():
+            return candidate
+    marker = path / ".git"
+    if marker.is_file():
+        # A linked work tree: its refs are in the repository that it names.
+        named = marker.read_text(errors="replace").removeprefix("gitdir:").strip()
+        common = (path / named / "commondir").resolve()
+        if common.is_file():
+            return (common.parent / common.read_text().strip()).resolve()
+    return None
+
+
+def moves_a_branch(branch: str, git_dir: Path) -> Callable[[Change, str], bool]:
+    """Which file events can mean that the branch moved. Lock files and other branches do not."""
+    ref = str(git_dir / "refs" / "heads" / branch)
+    packed = str(git_dir / "packed-refs")
+    tables = str(git_dir / "reftable")
+
+    def matters(_: Change, path: str) -> bool:
+        return path in {ref, packed} or path.startswith(tables)
+
+    return matters
+
+
+async def poll(notify: Callable[[], None], interval_s: Callable[[], float]) -> None:
+    """Notifies every so often, until cancelled."""
+    while True:
+        await asyncio.sleep(max(0.1, interval_s()))
+        notify()
+
+
+async def watch_refs(remote: str, branch: str, notify: Callable[[], None]) -> None:
+    """Notifies within tens of milliseconds of a move of a local repo's branch, until cancelled.
+
+    Returns at once for a remote elsewhere. Where watching fails, the poll goes on alone.
+    """
+    git_dir = local_git_dir(remote)
+    if git_dir is None:
+        return
+    git_dir = git_dir.resolve()
+    matters = moves_a_branch(branch, git_dir)
+    await asyncio.gather(
+        _follow(git_dir, matters, notify, recursive=False),
+        _follow(git_dir / "refs" / "heads", matters, notify, recursive=True),
+    )
+
+
+async def _follow(
+    path: Path,
+    matters: Callable[[Change, str], bool],
+    notify: Callable[[], None],
+    *,
+    recursive: bool,
+) -> None:
+    while True:
+        try:
+            async for _ in awatch(
+                path,
+                watch_filter=matters,
+                debounce=_DEBOUNCE_MS,
+                step=_STEP_MS,
+                rust_timeout=5_000,
+                recursive=recursive,
+            ):
+                notify()
+        except (OSError, RuntimeError) as error:
+            log.warning("cannot watch %s, polling alone: %s", path, error)
+        await asyncio.sleep(_LOST_PAUSE_S)
+        notify()
