@@ -36,6 +36,8 @@ from schemas.wire.envelope import public_key_from_hex
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
 _QUIET_S: Final = 0.25
+_CUT_S: Final = 0.05
+"""aiohttp waits this long, twice, before it cuts what still runs; 0 would mean for ever."""
 
 
 def _version() -> str:
@@ -211,7 +213,7 @@ class Router:
             with suppress(asyncio.CancelledError):
                 await task
         if self._clients is not None:
-            await self._clients.shutdown(timeout=0)
+            await self._clients.shutdown(timeout=_CUT_S)
         if self._heartbeat is not None:
             await self._heartbeat.farewell()
         self.state.close()

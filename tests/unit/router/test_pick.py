@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.core.endpoint_check import all_allowed, is_allowed
+from router.core.pick import available, effective_policy, pick
+from router.core.retries import RetryBudget, is_retryable
+from router.core.snapshot import snapshot
+from schemas.wire.routing import Arm, Function, Replica, RoutingTable, Tenant
+
+
+def candidates(**arms: tuple[int, int]):
+    """Of arms name=(weight, replicas)."""
+    function = Function(
+        name="f",
+        served_name="f",
+        arms=tuple(
+            Arm(
+                deployment=name,
+                cluster="c",
+                weight=weight,
+                replicas=tuple(
+                    Replica(id=f"{name}{i}", url=f"http://h:{i + 1}", max_concurrent=4)
+                    for i in range(count)
+                ),
+            )
+            for name, (weight, count) in arms.items()
+        ),
+    )
+    table = RoutingTable(generation=1, revision="", published_at=0.0, functions=(function,))
+    return snapshot(table).candidates(function, Tenant(name="t", models=("*",)))
+
+
+LOADS = st.dictionaries(st.sampled_from([f"a{i}" for i in range(6)]), st.integers(0, 5))
+
+
+@given(LOADS, st.integers(0, 1000), st.integers(), st.sampled_from(["a0", "a1", "zz"]))
+def test_the_pick_is_available_and_for_least_load_minimal(loads, turn, seed, tried):
+    pool = available(candidates(a=(100, 6)), loads, without={tried}, ejected={"a5"})
+    assert all(loads.get(c.id, 0) < 4 for c in pool)
+    assert not {tried, "a5"} & {c.id for c in pool}
+    for policy in ("least-load", "round-robin", "random-two-choices", "expected-latency"):
+        chosen = pick(pool, policy, loads, turn, random.Random(seed))
+        assert (chosen is None) == (not pool)
+        if chosen is None:
+            continue
+        assert chosen in pool
+        if effective_policy(policy) == "least-load":
+            assert loads.get(chosen.id, 0) == min(loads.get(c.id, 0) for c in pool)
+
+
+@given(LOADS, st.integers())
+def test_two_choices_never_takes_the_single_worst(loads, seed):
+    pool = candidates(a=(100, 6))
+    chosen = pick(pool, "random-two-choices", loads, 0, random.Random(seed))
+    worst = max(loads.get(c.id, 0) for c in pool)
+    if [loads.get(c.id, 0) for c in pool].count(worst) == 1:
+        assert loads.get(chosen.id, 0) < worst
+
+
+def test_round_robin_takes_turns_and_ties_are_spread():
+    pool = candidates(a=(100, 3))
+    chance = random.Random(1)
+    turns = [pick(pool, "round-robin", {}, turn, chance).id for turn in range(6)]
+    assert turns == ["a0", "a1", "a2"] * 2
+    ties = Counter(pick(pool, "least-load", {}, 0, chance).id for _ in range(600))
+    assert set(ties) == {"a0", "a1", "a2"}
+    assert min(ties.values()) > 100
+
+
+def test_weights_divide_between_arms_and_zero_means_nothing():
+    pool = candidates(a=(90, 1), b=(10, 5), c=(0, 2))
+    chance = random.Random(3)
+    seen = Counter(pick(pool, "least-load", {}, 0, chance).deployment for _ in range(2000))
+    assert seen["c"] == 0
+    assert 120 < seen["b"] < 290
+
+
+def test_policies_that_are_not_built_say_what_they_act_as():
+    for name in ("expected-latency", "linear", "session", "anything"):
+        assert effective_policy(name) == "least-load"
+    for name in ("least-load", "round-robin", "random-two-choices"):
+        assert effective_policy(name) == name
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.booleans()), max_size=300), st.sampled_from([0, 20, 100])
+)
+def test_retries_stay_within_their_budget(events, percent):
+    budget = RetryBudget()
+    now, requests, retries = 0.0, [], []
+    for step, is_retry in events:
+        now += step
+        if not is_retry:
+            budget.request(now)
+            requests.append(now)
+        elif budget.spend(now, percent):
+            retries.append(now)
+            # Never more than the reserve and the share of two whole windows.
+            recent = [t for t in retries if t > now - 5]
+            asked = [t for t in requests if t > now - 10]
+            assert len(recent) <= budget.reserve + len(asked) * percent / 100 + 1
+
+
+def test_a_spent_budget_recovers():
+    budget = RetryBudget()
+    assert sum(budget.spend(100.0, 20) for _ in range(50)) == 10
+    assert budget.spend(111.0, 20)
+
+
+def test_what_may_be_tried_elsewhere():
+    assert all(is_retryable(status) for status in (429, 502, 503))
+    assert not any(is_retryable(status) for status in (200, 400, 404, 500, 504))
+    assert is_retryable(500, b'{"error":"cannot schedule new futures after shutdown"}')
+
+
+@pytest.mark.parametrize(
+    ("address", "cidrs", "allowed"),
+    [
+        ("127.0.0.1", (), True),
+        ("10.1.2.3", (), True),
+        ("169.254.169.254", (), False),
+        ("::ffff:169.254.169.254", (), False),
+        ("fe80::1%eth0", (), False),
+        ("fd00:ec2::254", (), False),
+        ("0.0.0.0", (), False),
+        ("10.1.2.3", ("10.0.0.0/8",), True),
+        ("11.1.2.3", ("10.0.0.0/8", "fd00::/8"), False),
+        ("::ffff:10.1.2.3", ("10.0.0.0/8",), True),
+    ],
+)
+def test_addresses_an_endpoint_may_have(address, cidrs, allowed):
+    assert is_allowed(address, cidrs) is allowed
+
+
+def test_one_bad_address_condemns_a_name():
+    assert not all_allowed(["10.0.0.1", "169.254.169.254"], ())
