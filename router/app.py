@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Final, Self
@@ -207,11 +207,13 @@ class Router:
         self.state.draining = True
         if self._server is not None:
             self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        for task in self._tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        # Again and again: redis-py sends by asyncio.wait_for, which up to Python 3.11 forgets a
+        # cancellation that meets the end of what it waits for.
+        running = set(self._tasks)
+        while running:
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=0.2)
         if self._clients is not None:
             await self._clients.shutdown(timeout=_CUT_S)
         if self._heartbeat is not None:
