@@ -3,8 +3,9 @@
 A block is *pinned* while a running sequence uses it, *cached* once it is full and has a hash, and
 *evictable* when it is cached and nobody pins it. A sequence reserves all the blocks it will need
 when it is admitted, so that none is ever preempted; where vLLM would admit it and preempt later, it
-waits. Two sequences that compute the same block at the same time each hold one; the second copy
-never becomes cached.
+waits. Two sequences that compute the same block at the same time each hold one; once it is full the
+second copy is given back and both pin the first (vLLM keeps both). So a cached block's parent is
+cached too, always.
 
 Not here: tokens (only their hashes come in) and events (callers learn what was evicted).
 """
@@ -47,7 +48,7 @@ class Lease:
 
     hit_blocks: int
     cached: list[BlockHash] = field(default_factory=list)  # pinned, in the order of the sequence
-    uncached: int = 0  # pinned, not full yet or a second copy
+    uncached: int = 0  # pinned, not full yet
     reserved: int = 0  # promised, not taken yet
 
     @property
@@ -120,20 +121,20 @@ class PrefixCache:
         return evicted
 
     def store(self, lease: Lease, block: BlockHash) -> bool:
-        """Names one of the lease's blocks, now full; False if another block has that name already.
+        """Names one of the lease's blocks, now full; False if the cache had that block already.
 
         Raises:
             ValueError: when the lease holds no block without a name.
         """
         if not lease.uncached:
             raise ValueError("no block is held that could be stored")
-        if block in self:
-            return False
+        new = block not in self
         lease.uncached -= 1
         self._uncached -= 1
         lease.cached.append(block)
-        self._pins[block] = 1
-        return True
+        self._evictable.pop(block, None)
+        self._pins[block] = self._pins.get(block, 0) + 1
+        return new
 
     def close(self, lease: Lease) -> None:
         """Gives everything back; its cached blocks become evictable, the last of them first."""
