@@ -385,5 +385,5 @@ class Proxy:
     def _note(record: RequestRecord, relay: Relay) -> None:
         record.response_bytes = relay.sent_bytes
         record.first_body = relay.first_body_at
-        record.last_body = relay.last_body_at
+        record.last_body = relay.last_at
         record.chunks = relay.chunks

@@ -13,6 +13,7 @@ import httptools
 import msgspec
 
 MAX_HEAD_BYTES: Final = 64 * 1024
+_JOIN_BYTES: Final = 64 * 1024
 
 _HOP_BY_HOP: Final = frozenset(
     {
@@ -95,6 +96,7 @@ class Connection(asyncio.Protocol):
         "closed",
         "exchanges",
         "idle_since",
+        "on_body",
         "reusable",
         "transport",
     )
@@ -107,6 +109,8 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
         self._receiver: Receiver | None = None
         self._body: list[bytes] = []
+        self.on_body = self._body.append
+        """What llhttp calls with body bytes; without a Python frame for each."""
         self._parser = httptools.HttpResponseParser(self)
         self._begin()
 
@@ -147,14 +151,10 @@ class Connection(asyncio.Protocol):
                 self._fail(f"the answer's head is over {MAX_HEAD_BYTES} bytes")
             return
         body = self._body
-        if len(body) == 1:
-            out = body[0]
+        out = body.pop() if body else b""
+        if body:
+            out = b"".join((*body, out))
             body.clear()
-        elif body:
-            out = b"".join(body)
-            body.clear()
-        else:
-            out = b""
         if self._complete:
             self._receiver = None
             self.reusable = self.reusable and not self.closed
@@ -220,9 +220,6 @@ class Connection(asyncio.Protocol):
             status, b"".join(self._headers), self._content_type, self._retry_after, self._length
         )
 
-    def on_body(self, data: bytes) -> None:
-        self._body.append(data)
-
     def on_message_complete(self) -> None:
         if self._head is None:
             self._begin()  # 1xx: the answer itself is still to come
@@ -239,8 +236,10 @@ class Connection(asyncio.Protocol):
         self._begin()
         self.exchanges += 1
         self._receiver = receiver
-        self.transport.write(head)
-        if body:
+        if len(body) <= _JOIN_BYTES:
+            self.transport.write(head + body)  # a copy costs less than a second system call
+        else:
+            self.transport.write(head)
             self.transport.write(body)
 
     def close(self) -> None:
