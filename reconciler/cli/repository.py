@@ -23,18 +23,13 @@ from git import (
 )
 
 from reconciler.cli.reading import is_url
-from reconciler.core.config import Location, Problem
 from reconciler.core.suggest import suggestion
 from reconciler.errors import SourceInvalid, SourceUnreachable
 from reconciler.git_command import GitFailed, protocol_of, redact, run_git
 from reconciler.sources.base import FileEntry, Snapshot
-from reconciler.sources.entry_names import name_problem, printable
+from reconciler.sources.git_tree import parse_tree
 
 FETCH_TIMEOUT_S: Final = 120.0
-_MODES: Final = {
-    "120000": "symlinks are not followed; put the file itself here",
-    "160000": "submodules are not followed; put the files themselves here",
-}
 
 
 class Repository:
@@ -197,26 +192,20 @@ class Repository:
             SourceInvalid: there is no such folder in it.
         """
         sub_path = sub_path.strip("/")
-        tree = f"{revision}:{sub_path}" if sub_path else f"{revision}^{{tree}}"
         try:
-            listed = self._repo.git.ls_tree("-r", "-z", "-l", tree, stdout_as_string=False)
+            kind = self._repo.git.cat_file("-t", f"{revision}:{sub_path}")
         except GitCommandError:
+            kind = "nothing"
+        if kind != "tree":
             raise SourceInvalid(
                 f"{sub_path!r} is no folder at {revision[:12]}; --path names one inside the repo"
-            ) from None
-        entries: list[FileEntry] = []
-        problems: list[Problem] = []
-        for line in bytes(listed).decode("utf-8", "surrogateescape").split("\0"):
-            if not line:
-                continue
-            facts, _, name = line.partition("\t")
-            mode, _, blob, size = facts.split()
-            path = f"{sub_path}/{name}" if sub_path else name
-            if message := name_problem(path) or _MODES.get(mode):
-                problems.append(Problem(Location(printable(path)), message))
-            else:
-                entries.append(FileEntry(path, blob, int(size)))
-        return Snapshot(revision, sub_path, tuple(sorted(entries)), tuple(sorted(problems)))
+            )
+        wanted = ["--", f"{sub_path}/"] if sub_path else []
+        listed = self._repo.git.ls_tree(
+            "-r", "-z", "-l", "--full-tree", revision, *wanted, stdout_as_string=False
+        )
+        entries, problems = parse_tree(bytes(listed))
+        return Snapshot(revision, sub_path, entries, problems)
 
     def read_blobs(self, entries: Iterable[FileEntry]) -> Iterator[tuple[FileEntry, bytes]]:
         for entry in entries:
