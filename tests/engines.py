@@ -1,6 +1,6 @@
 """Workloads for backend tests, and a tiny engine on the standard library to run in them.
 
-The engine serves /health, /pid, and /stream (a chunk every 20 ms until /finish is called).
+The engine serves /health, /pid, and /stream (a chunk every 20 ms until /finish is called or SIGUSR1 comes).
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ if "stubborn" in behaviour:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 else:
     signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, lambda *_: state.update(finish=True))
 server.serve_forever(poll_interval=0.02)
+server.socket.close()
 while state["streams"]:
     time.sleep(0.01)
 """

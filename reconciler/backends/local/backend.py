@@ -252,6 +252,7 @@ class LocalBackend:
 
     async def _write(self, record: WorkloadRecord) -> None:
         try:
+            self._state.check()
             await asyncio.to_thread(self._state.write_workload, record)
         except OSError as error:
             raise BackendUnreachable(
