@@ -14,7 +14,8 @@ import contextlib
 import os
 import re
 import signal
-from collections.abc import Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -150,28 +151,74 @@ async def run_git(
         GitFailed: for any exit code but 0.
         GitTimeout: when it took too long.
     """
-    process = await asyncio.create_subprocess_exec(
-        *command(git_dir, args, settings),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+    running: list[subprocess.Popen[bytes]] = []
+    # In a thread rather than as an asyncio subprocess: uvloop's pipes raise RuntimeError where git
+    # ends before it has read its input.
+    work = asyncio.get_running_loop().run_in_executor(
+        None,
+        lambda: run_git_blocking(
+            git_dir,
+            *args,
+            stdin=stdin,
+            timeout_s=timeout_s,
+            protocol=protocol,
+            settings=settings,
+            env=env,
+            started=running.append,
+        ),
+    )
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        for process in running:
+            _kill(process)
+        with contextlib.suppress(GitFailed):
+            await work
+        raise
+
+
+def run_git_blocking(
+    git_dir: Path,
+    *args: str,
+    stdin: bytes = b"",
+    timeout_s: float = 30.0,
+    protocol: str | None = None,
+    settings: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    started: Callable[[subprocess.Popen[bytes]], None] = lambda _: None,
+) -> bytes:
+    """As `run_git`, for callers in a thread of their own; `started` gets the process.
+
+    Raises:
+        GitFailed: for any exit code but 0.
+        GitTimeout: when it took too long.
+    """
+    with subprocess.Popen(
+        command(git_dir, args, settings),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=environment(os.environ, protocol=protocol, extra=env),
         # Without a terminal nothing below git (ssh, credential helpers) can ask one either.
         start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(timeout_s):
-            stdout, stderr = await process.communicate(stdin)
-    except TimeoutError:
-        raise GitTimeout(args, timeout_s) from None
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await process.wait()
+    ) as process:
+        started(process)
+        try:
+            stdout, stderr = process.communicate(stdin, timeout=timeout_s)
+        except BaseException as error:
+            _kill(process)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise GitTimeout(args, timeout_s) from None
+            raise
     if process.returncode:
         raise GitFailed(args, process.returncode, stdout, stderr)
     return stdout
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _shown(args: Sequence[str]) -> str:

@@ -68,7 +68,9 @@ class LeaseLeadership:
                 await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
                 losing.cancel()
                 if again.is_set():
-                    log.warning("acquiring the lease anew: %s", self._holder.lost or "outrun in Git")
+                    log.warning(
+                        "acquiring the lease anew: %s", self._holder.lost or "outrun in Git"
+                    )
                     holder, self._holder = self._holder, None
                     await holder.close()
                     self._on_change()

@@ -161,6 +161,8 @@ class Reconciler:
 
         policy = self._policy(current)
         made = plan(memory.desired, observed, policy, self._clock())
+        if made.staying != memory.plan.staying:
+            memory.routes_due = True
         memory.plan = made
         lease = self._leadership.held
         if lease is None:
@@ -251,7 +253,12 @@ class Reconciler:
         try:
             before = memory.table or await self._routes.current()
             table = compile_routes(
-                current.objects, memory.desired, observed, before, revision=current.revision
+                current.objects,
+                memory.desired,
+                observed,
+                before,
+                revision=current.revision,
+                staying=memory.plan.staying,
             )
             generation = await self._routes.publish(table, lease=lease, floor=memory.generation)
         except Fenced as error:

@@ -103,7 +103,13 @@ class StateFile:
         text = obj.value.model_dump_json(by_alias=True, exclude_defaults=True)
         # exclude_defaults drops nothing that validation needs: apiVersion, kind and name have none.
         stored = _Stored(
-            obj.key.kind, obj.key.name, at.path, at.line, at.column, obj.digest, msgspec.Raw(text.encode())
+            obj.key.kind,
+            obj.key.name,
+            at.path,
+            at.line,
+            at.column,
+            obj.digest,
+            msgspec.Raw(text.encode()),
         )
         self._encoded[obj.key] = (obj.digest, stored)
         return stored

@@ -92,7 +92,7 @@ class StatusTask:
             async with asyncio.timeout(LAST_WRITE_S):
                 await self.write()
         except (ReconcileError, TimeoutError) as error:
-            log.warning("the last status was not written: %s", error or "no answer in time")
+            log.warning("the last status was not written: %s", str(error) or "no answer in time")
 
     async def write(self) -> str | None:
         """One write of the newest world; the commit, or None where nothing differs."""

@@ -6,21 +6,21 @@ The one place that knows every edge by name. Not here: what any of them does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
 from reconciler.core.status import World
-from reconciler.errors import ReconcileError
+from reconciler.errors import Fenced, Stalled, Transient
 from reconciler.loop.config_reader import GitConfig
 from reconciler.loop.leadership import LeaseLeadership
 from reconciler.loop.reconciler import Reconciler
@@ -31,11 +31,15 @@ from reconciler.publish.lease import Leaser
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.routers import RouterWatch
 from reconciler.publish.routes import RoutesPublisher
+from reconciler.publish.status_branch import StatusBranch
 from reconciler.sources.git_source import GitSource
+from reconciler.sources.watch import poll, watch_refs
+from reconciler.sources.webhook import serve_webhook
 from schemas.wire.envelope import public_key_hex
-from schemas.wire.events import RouterHeartbeat
 
 log = logging.getLogger("detoserve.reconciler")
+
+KEEP_CURRENT_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,9 @@ class Assembly:
 
             leadership = LeaseLeadership(
                 Leaser(redis, me, ttl_s=settings.lease_ttl_s),
-                floor=lambda: max((b.newest_lease for b in branches.values()), default=0),
+                floor=lambda: max(
+                    [routes.newest_lease, *(b.newest_lease for b in branches.values())]
+                ),
                 on_change=self._wake,
             )
             writer = StatusTask(
@@ -134,17 +140,71 @@ class Assembly:
                 on_world=on_world,
             )
             loop.restore()
+            with contextlib.suppress(Transient):
+                # Also tells the newest lease, so that an emptied Redis gives none out twice.
+                await routes.current()
             await self._local.start()
             stack.push_async_callback(self._local.close)
             stack.push_async_callback(self._external.close)
-            notice = await stack.enter_async_context(self._notices(loop))
-            background = (
-                routers.run(),
-                _keep_current(routes, leadership),
-                _fetch_on(notice, loop),
+            fetch = lambda: loop.wake(fetch=True)  # noqa: E731
+            if settings.webhook_port is not None:
+                url = await stack.enter_async_context(self._webhook(fetch))
+                log.info("webhook at %s", url)
+            await _live(
+                loop,
+                writer,
+                leadership,
+                (
+                    routers.run(),
+                    poll(fetch, lambda: loop.platform().intervals.poll),
+                    watch_refs(settings.repo, settings.branch, fetch),
+                    _keep_current(routes, leadership),
+                ),
+                stop,
             )
-            await _until_stopped(loop, writer, leadership, background, stop)
+
+    def _webhook(self, notify: Callable[[], None]) -> AbstractAsyncContextManager[str]:
+        settings = self._settings
+        return serve_webhook(
+            settings.webhook_host, settings.webhook_port or 0, settings.webhook_secret, notify
+        )
 
     async def stop_engines(self) -> None:
         """Ends every engine on this machine that carries our mark; for `detoserve up`."""
         await self._local.stop_all()
+
+
+async def _live(
+    loop: Reconciler,
+    writer: StatusTask,
+    leadership: LeaseLeadership,
+    background: Iterable[Coroutine[Any, Any, None]],
+    stop: asyncio.Event,
+) -> None:
+    """Everything at once until `stop`; then the last status is written, then the lease let go."""
+    last_pass, last_write = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(work) for work in background]
+        writing = group.create_task(writer.run(last_pass))
+        leading = group.create_task(leadership.run(last_write))
+        try:
+            await loop.run(stop)
+        finally:
+            last_pass.set()
+            await asyncio.wait({writing})
+            last_write.set()
+            await asyncio.wait({leading})
+            for task in tasks:
+                task.cancel()
+
+
+async def _keep_current(routes: RoutesPublisher, leadership: LeaseLeadership) -> None:
+    """Re-signs the table's freshness while the lease is ours, until cancelled."""
+    while True:
+        held = leadership.held
+        if held is not None:
+            try:
+                await routes.keep_current(held)
+            except (Fenced, Stalled) as error:
+                log.warning("routes are not kept fresh: %s", error)
+        await asyncio.sleep(KEEP_CURRENT_PAUSE_S)

@@ -32,7 +32,14 @@ def connect(url: str) -> Redis:
         Stalled: the URL is of no such form.
     """
     try:
-        return Redis.from_url(url, retry=Retry(NoBackoff(), 1), health_check_interval=30)
+        return Redis.from_url(
+            url,
+            retry=Retry(NoBackoff(), 1),
+            health_check_interval=30,
+            # With a timeout of its own it sends inside asyncio.wait_for, which before Python 3.12
+            # swallows a cancellation that comes as the sending ends.
+            socket_timeout=None,
+        )
     except ValueError:
         scheme = urlsplit(url).scheme
         raise Stalled(

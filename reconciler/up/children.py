@@ -59,7 +59,7 @@ class Child:
             while not self._stopping:
                 started = loop.time()
                 code = await self._once()
-                if self._stopping:
+                if self._is_stopping():
                     return
                 failures = 1 if loop.time() - started > HEALTHY_AFTER_S else failures + 1
                 self.restarts += 1
@@ -100,6 +100,10 @@ class Child:
         async for raw in process.stdout:
             self._on_line(raw.decode(errors="replace").rstrip("\n"))
         return await process.wait()
+
+    def _is_stopping(self) -> bool:
+        # A call, because mypy believes that an attribute cannot change across an await.
+        return self._stopping
 
     async def stop(self) -> None:
         """SIGTERM, time to finish, then SIGKILL."""

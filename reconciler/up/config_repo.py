@@ -42,7 +42,9 @@ def example_source() -> Path:
     beside = Path(__file__).resolve().parents[2] / "example-config-repo"
     if beside.is_dir():
         return beside
-    raise SourceInvalid("the example config repo is missing from this installation; reinstall detoserve")
+    raise SourceInvalid(
+        "the example config repo is missing from this installation; reinstall detoserve"
+    )
 
 
 def open_or_create(path: Path) -> ConfigRepo:

@@ -110,8 +110,10 @@ def test_edits_under_load_lose_no_request(start_up: Callable[..., Up]) -> None:
         up.live("chat", 1, revision=shrunk)
         added = up.edit(
             "local/deployments/chat-b.yaml",
-            lambda _: (up.config / "local/deployments/chat.yaml").read_text().replace(
-                "name: chat", "name: chat-b"
+            lambda _: (
+                (up.config / "local/deployments/chat.yaml")
+                .read_text()
+                .replace("name: chat", "name: chat-b")
             ),
         )
         up.live("chat-b", 1, revision=added)
@@ -132,7 +134,9 @@ def test_edits_under_load_lose_no_request(start_up: Callable[..., Up]) -> None:
 
     assert refused()
     engines = [p for p in up.processes() if "agent.simulated" in " ".join(p.cmdline())]
-    assert eventually_sync(lambda: sum(p.is_running() and p.status() != "zombie" for p in engines) <= 1)
+    assert eventually_sync(
+        lambda: sum(p.is_running() and p.status() != "zombie" for p in engines) <= 1
+    )
 
     def story() -> str:
         with Repo(up.config) as repo:
@@ -159,7 +163,9 @@ def test_nothing_is_left_however_it_ends(start_up: Callable[..., Up], signum: in
     if signum == signal.SIGINT:
         assert code == 0
     eventually_sync(
-        lambda: not [p for p in everything if p.is_running() and p.status() != psutil.STATUS_ZOMBIE],
+        lambda: (
+            not [p for p in everything if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        ),
         timeout_s=20,
     )
     assert eventually_sync(lambda: not up.processes(), timeout_s=20)
