@@ -20,5 +20,6 @@ def name_problem(path: str) -> str | None:
 
 
 def printable(path: str) -> str:
-    """A path for people: what cannot be shown is escaped."""
-    return path.encode("utf-8", "backslashreplace").decode().encode("unicode_escape").decode()
+    """A path for people: unchanged, but for what cannot be shown."""
+    shown = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)

@@ -1,48 +1,48 @@
-"""A Git repo as a source: a bare mirror, read by plumbing.
+"""A Git repo as a source: one branch and folder of it, by content address.
 
-There is no work tree, so no symlink, hook, filter or submodule of the repo can act here. The newest
-accepted revision is kept as a ref of the mirror: a branch that no longer descends from it was
-rewritten, and says so until a commit accepts it (`Detoserve-Accept-History: <old revision>`).
-Not here: what files mean (loader), or when to look (watch, webhook).
+The newest accepted revision is remembered in the mirror. A branch that does not descend from it was
+rewritten, and stays so, over restarts too, until it descends from it again (a merge does) or a commit
+accepts the new history by the trailer `Detoserve-Accept-History: <old revision>`.
+Not here: running git (git_mirror), what files mean (loader), or when to look (watch, webhook).
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
-from reconciler.core.config import Location, Problem
 from reconciler.errors import SourceInvalid, SourceUnreachable, Stalled, Transient
-from reconciler.git_command import GitFailed, GitTimeout, protocol_of, redact, run_git_blocking
+from reconciler.git_command import GitFailed
 from reconciler.sources.base import FileEntry, Snapshot
-from reconciler.sources.entry_names import name_problem, printable
+from reconciler.sources.entry_names import name_problem
+from reconciler.sources.git_mirror import HEAD, Damaged, GitMirror
+from reconciler.sources.git_tree import parse_history, parse_tree
 
 log = logging.getLogger("detoserve.sources")
 
-_FETCHED: Final = "refs/detoserve/fetched"
-_ACCEPTED: Final = "refs/detoserve/accepted"
 _READ_AT_ONCE_BYTES: Final = 8 * 1024 * 1024
-_REGULAR: Final = (b"100644", b"100755")
+_COMMITS_SEARCHED: Final = 1000
 _ACCEPT: Final = re.compile(
     r"^Detoserve-Accept-History:\s*([0-9a-f]{7,64})\s*$", re.MULTILINE | re.IGNORECASE
 )
-_NO_BRANCH: Final = re.compile(r"couldn't find remote ref|no such ref", re.IGNORECASE)
 
 
 class GitSource:
-    """One branch and folder of a repo.
+    """One branch and folder of a repo; a `Source`.
 
     Args:
         remote: path or URL of the repo.
-        mirror: where the bare mirror is; made where missing, made anew where it is corrupt.
+        mirror: where the bare mirror is; made where missing, made anew where it is damaged.
         branch: holds the desired state.
         path: folder of it, with `/`; "" for all.
-        timeout_s: bound on each git process that talks to the remote.
+        timeout_s: bound on each git process.
+
+    Raises:
+        Stalled: the remote's transport or the path cannot be used at all.
     """
 
     def __init__(
@@ -54,90 +54,72 @@ class GitSource:
         path: str = "",
         timeout_s: float = 60.0,
     ) -> None:
-        self.remote = remote
         self.branch = branch
         self.root = path.strip("/")
-        self._mirror = mirror
-        self._timeout_s = timeout_s
+        if self.root and (message := name_problem(self.root)):
+            raise Stalled(f"--path {path!r} is no folder of a repo: {message}")
         try:
-            self._protocol = protocol_of(remote)
+            self._mirror = GitMirror(mirror, remote, branch, timeout_s=timeout_s)
         except ValueError as error:
             raise Stalled(str(error)) from None
-        if name_problem(self.root or "x"):
-            raise Stalled(f"--path {path!r} is no folder of a repo")
         self._last: Snapshot | None = None
+        self._damage: str | None = None
         self._lock = threading.Lock()
 
     def fetch(self) -> Snapshot:
         """See `Source.fetch`."""
-        with self._lock:
+        with self._lock, self._mirror.alone():
+            try:
+                if self._damage is None:
+                    return self._fetch()
+            except Damaged as damage:
+                self._damage = str(damage)
+            log.warning("the mirror of the config repo is made anew: %s", self._damage)
+            self._mirror.make_anew()
+            self._damage = self._last = None
             try:
                 return self._fetch()
-            except GitFailed as error:
-                if not self._is_corrupt():
-                    raise self._translated(error) from None
-                log.warning("the mirror of the config repo is damaged and made anew: %s", error)
-            shutil.rmtree(self._mirror, ignore_errors=True)
-            self._last = None
-            try:
-                return self._fetch()
-            except GitFailed as error:
-                raise self._translated(error) from None
+            except Damaged as damage:
+                raise SourceUnreachable(f"the mirror cannot be read: {damage}") from None
 
     def _fetch(self) -> Snapshot:
-        if not (self._mirror / "HEAD").is_file():
-            self._mirror.parent.mkdir(parents=True, exist_ok=True)
-            self._git("init", "--quiet", "--bare", str(self._mirror))
-        refspec = f"+refs/heads/{self.branch}:{_FETCHED}"
-        self._git(
-            *("fetch", "--quiet", "--no-tags", "--no-write-fetch-head", self.remote, refspec),
-            remote=True,
-        )
-        revision = self._git("rev-parse", "--verify", f"{_FETCHED}^{{commit}}").decode().strip()
+        revision = self._mirror.fetch()
         last = self._last
         if last is not None and last.revision == revision and not last.rewritten:
             return last
         rewritten_from = self._rewritten_from(revision)
-        if rewritten_from is None:
-            self._git("update-ref", _ACCEPTED, revision)
-        entries, problems = self._list(revision)
+        folder = ("--", f"{self.root}/") if self.root else ()
+        entries, problems = parse_tree(
+            self._mirror.read("ls-tree", "-r", "-z", "-l", "--full-tree", revision, *folder)
+        )
+        if self.root and not entries and not problems:
+            raise SourceInvalid(
+                f"there is no folder {self.root!r} at {self.branch}@{revision[:12]}; "
+                "a missing folder never deletes what runs"
+            )
+        if last is not None and (last.entries, last.problems) == (entries, problems):
+            # One object for one content keeps the loader's comparison of thousands of files cheap.
+            entries, problems = last.entries, last.problems
         self._last = Snapshot(
             revision, self.root, entries, problems, self.branch, rewritten_from=rewritten_from
         )
         return self._last
 
     def _rewritten_from(self, revision: str) -> str | None:
-        """The last accepted revision, where the new one does not descend from it."""
-        accepted = self._resolve(_ACCEPTED)
-        if accepted is None or accepted == revision or self.is_ancestor(accepted, revision):
+        """The accepted revision where the new one does not follow from it; else the new one is accepted."""
+        accepted = self._mirror.accepted()
+        if accepted == revision:
             return None
-        word = _ACCEPT.search(self.commit_message(revision))
-        return None if word and accepted.startswith(word.group(1).lower()) else accepted
-
-    def _list(self, revision: str) -> tuple[tuple[FileEntry, ...], tuple[Problem, ...]]:
-        paths = ["--", f":(literal){self.root}/"] if self.root else []
-        try:
-            raw = self._git("ls-tree", "-r", "-z", "-l", "--full-tree", revision, *paths)
-        except GitFailed:
-            raw = b""
-        entries: list[FileEntry] = []
-        problems: list[Problem] = []
-        for line in raw.split(b"\0")[:-1]:
-            meta, _, name = line.partition(b"\t")
-            mode, _, blob, size = meta.split()
-            path = name.decode("utf-8", "surrogateescape")
-            message = name_problem(path) or _mode_problem(mode)
-            if message:
-                shown = path if path.isprintable() and path.isascii() else printable(path)
-                problems.append(Problem(Location(shown), message))
-            else:
-                entries.append(FileEntry(path, blob.decode(), int(size)))
-        if self.root and not entries and not problems:
-            raise SourceInvalid(
-                f"there is no folder {self.root!r} at {self.branch}@{revision[:12]}; "
-                "an absent folder never deletes what runs"
+        if accepted is not None and not self.is_ancestor(accepted, revision):
+            new = (revision, f"^{accepted}") if self._mirror.has(accepted) else (revision,)
+            said = self._mirror.read(
+                "log", f"--max-count={_COMMITS_SEARCHED}", "--format=%B", *new, "--"
             )
-        return tuple(sorted(entries)), tuple(sorted(problems))
+            words = _ACCEPT.findall(said.decode("utf-8", "replace"))
+            if not any(accepted.startswith(word.lower()) for word in words):
+                return accepted
+        self._mirror.accept(revision)
+        return None
 
     def read(self, entries: Iterable[FileEntry]) -> Iterator[tuple[FileEntry, bytes]]:
         """See `Source.read`."""
@@ -155,45 +137,54 @@ class GitSource:
     def _read(self, batch: list[FileEntry]) -> Iterator[tuple[FileEntry, bytes]]:
         asked = "".join(f"{entry.blob}\n" for entry in batch).encode()
         try:
-            raw = self._git("cat-file", "--batch", stdin=asked)
-        except GitFailed as error:
-            raise Transient(f"config repo: {error}") from None
+            raw = self._mirror.read("cat-file", "--batch", "--buffer", stdin=asked)
+        except Damaged as damage:
+            self._damage = str(damage)
+            raise Transient(f"the mirror is damaged, fetching again: {damage}") from None
         at = 0
         for entry in batch:
-            end = raw.index(b"\n", at)
-            words = raw[at:end].split()
-            if len(words) != 3 or words[1] != b"blob":
-                self._last = None
-                raise Transient(
-                    f"{entry.path}: its content is missing in the mirror; fetching again"
-                )
-            size = int(words[2])
-            yield entry, raw[end + 1 : end + 1 + size]
-            at = end + 2 + size
+            end = raw.find(b"\n", at)
+            if raw[at:end].split()[1:] != [b"blob", b"%d" % entry.size_bytes]:
+                self._damage = f"the content of {entry.path} is missing"
+                raise Transient(f"{self._damage} in the mirror; fetching again")
+            at = end + 1 + entry.size_bytes
+            yield entry, raw[end + 1 : at]
+            at += 1
 
     def earlier_versions(self, path: str, *, limit: int = 50) -> Iterator[FileEntry]:
-        """See `Source.earlier_versions`; renames are followed."""
+        """See `Source.earlier_versions`. Of at most `limit` commits that changed the file.
+
+        Only what the branch itself pointed at: a merge is followed down its first parent.
+        """
         try:
-            raw = self._git(
-                *("log", "--follow", f"--max-count={limit + 1}", "--raw", "--no-abbrev", "-z"),
-                *("--format=", _FETCHED, "--", path),
+            raw = self._mirror.read(
+                *("--literal-pathspecs", "log", "--follow", "--first-parent"),
+                *("--diff-merges=first-parent", f"--max-count={limit + 1}", "--format="),
+                *("--raw", "-z", "--no-abbrev", HEAD, "--", path),
             )
-            blobs = re.findall(rb":\d{6} \d{6} [0-9a-f]+ ([0-9a-f]+) [A-Z]\d*\0", raw)
-            fresh = [b.decode() for b in dict.fromkeys(blobs) if b.strip(b"0")][1:]
-            if not fresh:
-                return
-            asked = "".join(f"{blob}\n" for blob in fresh).encode()
-            sizes = self._git("cat-file", "--batch-check=%(objectsize)", stdin=asked).split()
-        except GitFailed as error:
-            raise self._translated(error) from None
-        for blob, size in zip(fresh, sizes, strict=True):
-            yield FileEntry(path, blob, int(size))
+            entries = self._last.entries if self._last else ()
+            current = next((entry.blob for entry in entries if entry.path == path), "")
+            blobs = [blob for blob in parse_history(raw, path) if blob != current]
+            asked = "".join(f"{blob}\n" for blob in blobs).encode()
+            sizes = self._mirror.read("cat-file", "--batch-check=%(objectsize)", stdin=asked)
+        except Damaged as damage:
+            self._damage = str(damage)
+            raise SourceUnreachable(f"the history of {path} cannot be read: {damage}") from None
+        for blob, size in zip(blobs, sizes.splitlines(), strict=True):
+            if size.isdigit():  # else git says that it is missing, as in a shallow history
+                yield FileEntry(path, blob, int(size))
 
     def is_ancestor(self, older: str, newer: str) -> bool:
-        """False also where either is not known any more."""
+        """Whether `newer` is `older` or descends from it. False also where one is not known here.
+
+        Raises:
+            SourceUnreachable: the history between them cannot be read.
+        """
         try:
-            self._git("merge-base", "--is-ancestor", older, newer)
-        except GitFailed:
+            self._mirror.run("merge-base", "--is-ancestor", older, newer)
+        except GitFailed as error:
+            if error.returncode != 1 and self._mirror.has(older) and self._mirror.has(newer):
+                raise SourceUnreachable(f"the history cannot be read: {error}") from None
             return False
         return True
 
@@ -214,55 +205,9 @@ class GitSource:
         return tuple(self._show(revision, "%P").split())
 
     def _show(self, revision: str, format_: str) -> str:
+        question = ("log", "-1", f"--format={format_}", "--end-of-options", revision, "--")
         try:
-            raw = self._git("log", "-1", f"--format={format_}", revision, "--")
+            raw = self._mirror.run(*question)
         except GitFailed as error:
-            raise self._translated(error) from None
+            raise SourceUnreachable(f"commit {revision[:12]} cannot be read: {error}") from None
         return raw.decode("utf-8", "replace").strip()
-
-    def _resolve(self, ref: str) -> str | None:
-        try:
-            return self._git("rev-parse", "--verify", "--quiet", ref).decode().strip() or None
-        except GitFailed:
-            return None
-
-    def _is_corrupt(self) -> bool:
-        """Whether the mirror itself cannot be used; a remote that fails leaves it whole."""
-        if not self._mirror.exists():
-            return False
-        try:
-            self._git("rev-parse", "--git-dir")
-            if self._resolve(_FETCHED):
-                self._git("rev-list", "--objects", "--max-count=1", "--quiet", _FETCHED)
-        except GitFailed:
-            return True
-        return False
-
-    def _git(self, *args: str, stdin: bytes = b"", remote: bool = False) -> bytes:
-        return run_git_blocking(
-            self._mirror,
-            *args,
-            stdin=stdin,
-            timeout_s=self._timeout_s,
-            protocol=self._protocol if remote else None,
-        )
-
-    def _translated(self, error: GitFailed) -> SourceInvalid | SourceUnreachable:
-        where = redact(self.remote)
-        if isinstance(error, GitTimeout):
-            return SourceUnreachable(f"{where} did not answer within {self._timeout_s:g} s")
-        if _NO_BRANCH.search(error.stderr):
-            return SourceInvalid(
-                f"{where} has no branch {self.branch!r} (or no commit yet); nothing is changed by that"
-            )
-        return SourceUnreachable(f"{where} cannot be read: {error.stderr or error}")
-
-
-def _mode_problem(mode: bytes) -> str | None:
-    if mode in _REGULAR:
-        return None
-    if mode == b"120000":
-        return "symlinks are not followed; put the file itself here"
-    if mode == b"160000":
-        return "submodules are not read; put the files themselves here"
-    return f"mode {mode.decode(errors='replace')} is no regular file; delete it"

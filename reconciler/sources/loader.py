@@ -53,7 +53,7 @@ class Loader:
                 f"at {snapshot.revision[:12]}; an empty repo never deletes what runs"
             )
         self._files = files
-        loaded = _combine(snapshot.revision, _digest(desired), files, refused)
+        loaded = _combine(snapshot.revision, files, frozenset(desired), refused)
         self._last = (snapshot, loaded)
         return loaded
 
@@ -150,8 +150,8 @@ def _digest(desired: Iterable[FileEntry]) -> str:
 
 def _combine(
     revision: str,
-    digest: str,
     files: Mapping[FileEntry, ConfigFile],
+    desired: frozenset[FileEntry],
     refused: tuple[Problem, ...],
 ) -> Loaded:
     by_key: defaultdict[ObjectKey, list[ConfigObject]] = defaultdict(list)
@@ -159,7 +159,7 @@ def _combine(
     failed = {problem.location.path for problem in refused}
     for entry, file in sorted(files.items(), key=_by_path):
         problems += file.problems
-        if file.failed:
+        if file.failed and entry in desired:
             failed.add(entry.path)
         for one in file.objects:
             by_key[one.key].append(one)
@@ -173,7 +173,13 @@ def _combine(
             message = f"{key} stands twice, also at {other.location}; rename or delete one of them"
             problems.append(Problem(one.at("metadata", "name"), message, key=key))
             failed.add(one.location.path)
-    return Loaded(revision, digest, objects, tuple(sorted(problems, key=_order)), frozenset(failed))
+    return Loaded(
+        revision=revision,
+        digest=_digest(desired),
+        objects=objects,
+        problems=tuple(sorted(problems, key=_order)),
+        failed_paths=frozenset(failed),
+    )
 
 
 def _by_path(item: tuple[FileEntry, ConfigFile]) -> FileEntry:

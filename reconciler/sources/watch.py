@@ -19,7 +19,8 @@ log = logging.getLogger("detoserve.sources")
 
 _DEBOUNCE_MS: Final = 20
 _STEP_MS: Final = 10
-_LOST_PAUSE_S: Final = 5.0
+_CHECK_MS: Final = 2_000
+_LOST_PAUSE_S: Final = 1.0
 
 
 def local_git_dir(remote: str) -> Path | None:
@@ -67,9 +68,11 @@ async def watch_refs(remote: str, branch: str, notify: Callable[[], None]) -> No
         return
     git_dir = git_dir.resolve()
     matters = moves_a_branch(branch, git_dir)
+    tables = git_dir / "reftable"
     await asyncio.gather(
         _follow(git_dir, matters, notify, recursive=False),
         _follow(git_dir / "refs" / "heads", matters, notify, recursive=True),
+        *([_follow(tables, matters, notify, recursive=False)] if tables.is_dir() else []),
     )
 
 
@@ -80,18 +83,35 @@ async def _follow(
     *,
     recursive: bool,
 ) -> None:
+    """Watches one folder; takes it up again after it was replaced or could not be watched."""
+    said = ""
     while True:
+        certain = False
         try:
-            async for _ in awatch(
+            folder = _identity(path)
+            async for changes in awatch(
                 path,
                 watch_filter=matters,
                 debounce=_DEBOUNCE_MS,
                 step=_STEP_MS,
-                rust_timeout=5_000,
+                rust_timeout=_CHECK_MS,
+                yield_on_timeout=True,
                 recursive=recursive,
             ):
-                notify()
+                if _identity(path) != folder:
+                    break
+                if changes or not certain:
+                    # The first time also without a change: one may have come before the watch.
+                    notify()
+                certain = True
         except (OSError, RuntimeError) as error:
-            log.warning("cannot watch %s, polling alone: %s", path, error)
+            if said != str(error):
+                log.warning("cannot watch %s, polling alone: %s", path, error)
+            said = str(error)
         await asyncio.sleep(_LOST_PAUSE_S)
-        notify()
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """A folder removed and made again under its name is another, of which a watch sees nothing."""
+    status = path.stat()
+    return status.st_dev, status.st_ino

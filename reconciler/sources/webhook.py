@@ -6,6 +6,7 @@ bounded, checked, and thrown away. Not here: which commit is new (git_source fin
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,6 +17,7 @@ from aiohttp import web
 
 PATH: Final = "/webhook"
 MAX_BODY_BYTES: Final = 5 * 1024 * 1024
+BODY_TIMEOUT_S: Final = 20.0
 
 
 def is_signed(headers: Mapping[str, str], body: bytes, secret: str) -> bool:
@@ -29,17 +31,27 @@ def is_signed(headers: Mapping[str, str], body: bytes, secret: str) -> bool:
         ("X-Forgejo-Signature", ""),
     ):
         if (sent := headers.get(name)) is not None:
-            return hmac.compare_digest(sent.encode(), (prefix + expected).encode())
-    if (token := headers.get("X-Gitlab-Token")) is not None:
-        return hmac.compare_digest(token.encode(), secret.encode())
-    return False
+            return _same(sent, prefix + expected)
+    token = headers.get("X-Gitlab-Token")
+    return token is not None and _same(token, secret)
 
 
-def webhook_app(secret: str, notify: Callable[[], None]) -> web.Application:
-    """`POST /webhook`: 202 when signed, 401 when not, 413 when too large."""
+def _same(sent: str, expected: str) -> bool:
+    # Header bytes that are not UTF-8 come as surrogates.
+    return hmac.compare_digest(sent.encode("utf-8", "surrogateescape"), expected.encode())
+
+
+def webhook_app(
+    secret: str, notify: Callable[[], None], *, body_timeout_s: float = BODY_TIMEOUT_S
+) -> web.Application:
+    """`POST /webhook`: 202 when signed, 401 when not, 408 when too slow, 413 when too large."""
 
     async def receive(request: web.Request) -> web.Response:
-        body = await request.read()
+        try:
+            async with asyncio.timeout(body_timeout_s):
+                body = await request.read()
+        except TimeoutError:
+            return web.json_response({"error": "the body did not arrive in time"}, status=408)
         if not is_signed(request.headers, body, secret):
             return web.json_response({"error": "the signature is missing or wrong"}, status=401)
         notify()
