@@ -24,6 +24,7 @@ from router.access_log import AccessLog
 from router.client import ClientServer
 from router.heartbeat import Heartbeat
 from router.metrics import Metrics
+from router.probes import Probes
 from router.proxy import Proxy
 from router.records import RequestRecord
 from router.server import Admin, Api
@@ -133,6 +134,9 @@ class Router:
         self.url = _url(self._server)
         self.admin_url = _url(admin)
         self._tasks.append(loop.create_task(self._sweep()))
+        if settings.probe_interval_s:
+            probes = Probes(self.state, interval_s=settings.probe_interval_s)
+            self._tasks.append(loop.create_task(probes.run()))
 
     def _follow_table(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()

@@ -7,6 +7,7 @@ Names follow OpenTelemetry's `gen_ai.*` where it has one. Not here: the log (acc
 
 from __future__ import annotations
 
+import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -236,6 +237,16 @@ class Metrics(Collector):
         for (function, replica_state), count in counts.items():
             replicas.add_metric([function, replica_state], count)
         yield replicas
+        breakers = GaugeMetricFamily(
+            "detoserve_router_breaker_open",
+            "1 for replicas that are kept out, 0.5 for those on trial.",
+            labels=["replica"],
+        )
+        now = asyncio.get_running_loop().time()
+        for replica, breaker in state.breakers.items():
+            value = {"closed": 0.0, "half-open": 0.5, "open": 1.0}[breaker.state(now)]
+            breakers.add_metric([replica], value)
+        yield breakers
         policies = GaugeMetricFamily(
             "detoserve_router_policy",
             "1 for what each function's policy is, and acts as.",

@@ -7,8 +7,10 @@ decisions are core's; the bytes of the answer go by relay. Not here: listening (
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final, cast
@@ -23,6 +25,7 @@ from router.core.auth import Principal, authenticate
 from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
+from router.core.health import Breaker, Failure, kept_out
 from router.core.pick import available, pick
 from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import attempts, is_retryable
@@ -31,12 +34,22 @@ from router.records import RequestRecord
 from router.relay import STATUS_LINES, ClientGone, Framing, Relay
 from router.settings import Settings
 from router.state import RouterState
-from router.upstream.connection import Connection, ResponseHead, UpstreamFailed, UpstreamTimeout
+from router.upstream.connection import (
+    ConnectFailed,
+    Connection,
+    ResponseHead,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 from router.upstream.pool import Pool
 from schemas.wire.routing import Function
 
 _LOOKED_AT_BYTES: Final = 4096
 """Of a 500's body, to tell an engine that drains from one that fails."""
+_REST_S: Final = 0.25
+"""How long a replica is spared that is full and does not say for how long."""
+_log: Final = logging.getLogger(__name__)
+_FALL_BACK_ON: Final = frozenset({"no_replica", "at_capacity", "upstream_failed"})
 _ENCODINGS: Final = frozenset({"", "identity", "gzip", "deflate"})
 
 
@@ -53,6 +66,24 @@ class _Call:
     candidates: tuple[Candidate, ...]
     body: bytes
     record: RequestRecord
+    has_fallback: bool
+    """Another function will be asked if this one cannot answer."""
+
+
+def _answers(function: Function, endpoint: Endpoint) -> bool:
+    return not function.tasks or endpoint.task in function.tasks
+
+
+@contextmanager
+def _trying(breaker: Breaker) -> Iterator[None]:
+    breaker.trying = True
+    try:
+        yield
+    finally:
+        breaker.trying = False
+
+
+_NO_TRIAL: Final = nullcontext()
 
 
 class Proxy:
@@ -148,29 +179,47 @@ class Proxy:
             function = snapshot.resolve(principal.tenant, model)
             if function is None:
                 raise Refused(errors.model_not_found(model[:200]))
-            if function.tasks and endpoint.task not in function.tasks:
+            if not _answers(function, endpoint):
                 raise Refused(errors.task_not_supported(function.name, endpoint.path))
+        except BodyInvalid as error:
+            raise Refused(errors.bad_json(str(error), param=error.param)) from None
+        functions = [function]
+        for name in function.fallbacks:
+            fallback = snapshot.functions.get(name)
+            # A fallback is no way to a model that the tenant may not use.
+            if (
+                fallback is not None
+                and snapshot.may_use(principal.tenant, fallback)
+                and _answers(fallback, endpoint)
+            ):
+                functions.append(fallback)
+        while True:
+            function = functions.pop(0)
+            record.function = function.name
+            sent = body
             if model != function.served_name:
-                body = (
+                sent = (
                     with_model(body, function.served_name)
                     if span is None
                     else body[: span[0]] + function.served_name.encode() + body[span[1] :]
                 )
-        except BodyInvalid as error:
-            raise Refused(errors.bad_json(str(error), param=error.param)) from None
-        record.function = function.name
-        call = _Call(
-            request=request,
-            client=cast("ClientConnection", request.protocol),
-            endpoint=endpoint,
-            headers=headers,
-            snapshot=snapshot,
-            function=function,
-            candidates=snapshot.candidates(function, principal.tenant),
-            body=body,
-            record=record,
-        )
-        return await self._attempt(call)
+            call = _Call(
+                request=request,
+                client=cast("ClientConnection", request.protocol),
+                endpoint=endpoint,
+                headers=headers,
+                snapshot=snapshot,
+                function=function,
+                candidates=snapshot.candidates(function, principal.tenant),
+                body=sent,
+                record=record,
+                has_fallback=bool(functions),
+            )
+            try:
+                return await self._attempt(call)
+            except Refused as refused:
+                if not functions or refused.refusal.code not in _FALL_BACK_ON:
+                    raise
 
     async def _read(self, request: web.BaseRequest) -> bytes:
         """The whole body, decoded.
@@ -212,7 +261,8 @@ class Proxy:
         state = self._state
         function = state.function(call.function.name)
         load = state.in_flight.by_replica
-        pool = available(call.candidates, load, without=tried)
+        ejected = kept_out(call.candidates, state.breakers, self._loop.time())
+        pool = available(call.candidates, load, without=tried, ejected=ejected)
         return pick(pool, call.function.policy.name, load, function.turn, state.chance)
 
     async def _attempt(self, call: _Call) -> web.StreamResponse:
@@ -245,7 +295,8 @@ class Proxy:
             tried.add(candidate.id)
             record.attempts += 1
             record.replica = candidate.id
-            with self._state.in_flight.slot(candidate.id):
+            replica = candidate.id
+            with self._state.in_flight.slot(replica), self._trial(replica):
                 pool = self._state.pool(candidate)
                 connection: Connection | None = None
                 relay: Relay | None = None
@@ -253,6 +304,7 @@ class Proxy:
                     try:
                         connection, relay, head = await self._exchange(call, candidate, pool)
                     except UpstreamFailed as error:
+                        self._blame(replica, error)
                         too_late = isinstance(error, UpstreamTimeout) and error.phase != "connect"
                         candidate = None if too_late else another()
                         if candidate is None:
@@ -260,10 +312,15 @@ class Proxy:
                         continue
                     body = await relay.body_start(_LOOKED_AT_BYTES) if head.status == 500 else b""
                     if is_retryable(head.status, body):
+                        self._rest(replica, head)
                         alternative = another()
                         if alternative is not None:
                             candidate = alternative
                             continue
+                        if call.has_fallback:
+                            raise Refused(errors.at_capacity(call.function.name))
+                    elif head.status < 500:
+                        self._state.recovered(replica)
                     return await self._deliver(call, candidate, relay, head)
                 finally:
                     if relay is not None:
@@ -271,6 +328,35 @@ class Proxy:
                         self._note(record, relay)
                     if connection is not None:
                         pool.give_back(connection)
+
+    def _trial(self, replica: str) -> AbstractContextManager[None]:
+        """Around a request that a half-open breaker lets through: it is the only one."""
+        breaker = self._state.breakers.get(replica)
+        if breaker is None or breaker.state(self._loop.time()) != "half-open":
+            return _NO_TRIAL
+        return _trying(breaker)
+
+    def _blame(self, replica: str, error: UpstreamFailed) -> None:
+        """A failure that is the replica's fault."""
+        kind: Failure = "failed"
+        if isinstance(error, ConnectFailed):
+            kind = "refused"
+        elif isinstance(error, UpstreamTimeout):
+            kind = "timeout"
+        breaker, now = self._state.breaker(replica), self._loop.time()
+        before = breaker.state(now)
+        breaker.failed(now, kind)
+        if before == "closed" and breaker.state(now) == "open":
+            _log.warning("replica %s is kept out: %s", replica, error)
+
+    def _rest(self, replica: str, head: ResponseHead) -> None:
+        """It answered that it takes no more: for how long, it says itself or is guessed."""
+        breaker, now = self._state.breaker(replica), self._loop.time()
+        if head.status == 500:
+            breaker.failed(now, "refused")  # it shuts down
+            return
+        text = head.retry_after or b""
+        breaker.asked_for_rest(now, float(text) if text.isdigit() else _REST_S)
 
     async def _exchange(
         self, call: _Call, candidate: Candidate, pool: Pool
@@ -375,6 +461,7 @@ class Proxy:
         try:
             await relay.deliver(transport, lines, framing)
         except UpstreamFailed as error:
+            self._blame(candidate.id, error)
             record.outcome = "timeout" if isinstance(error, UpstreamTimeout) else "interrupted"
             return SENT_AND_CLOSE
         finally:

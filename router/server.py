@@ -5,6 +5,7 @@ Not here: requests that go to an engine (proxy), or the life of the process (app
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -175,6 +176,7 @@ class Admin:
         if snapshot is None:
             return out
         load = state.in_flight.by_replica
+        breakers, now = state.breakers, asyncio.get_running_loop().time()
         table = snapshot.table
         out |= {
             "generation": table.generation,
@@ -200,6 +202,9 @@ class Admin:
                     "cluster": candidate.cluster,
                     "state": "draining" if candidate.draining else "ready",
                     "in_flight": load.get(candidate.id, 0),
+                    "breaker": breakers[candidate.id].state(now)
+                    if candidate.id in breakers
+                    else "closed",
                 }
                 for candidate in snapshot.replicas.values()
             },

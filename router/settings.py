@@ -70,6 +70,8 @@ class Settings(BaseModel):
     """How long a client's connection may be idle, or take to send a request's head."""
     upstream_keepalive_s: Seconds = 4.0
     """How long a connection to an engine is kept idle. vLLM closes its own after 5 s."""
+    probe_interval_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """How often every replica's /health is asked, besides what requests tell. 0: never."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 120.0
     """After SIGTERM: how long running requests may go on."""
     drain_delay_s: Annotated[float, Field(ge=0)] = 0.0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from router.core.health import Breaker
 from router.core.pick import effective_policy
 from router.core.retries import RetryBudget
 from router.core.snapshot import Candidate, Snapshot, snapshot
@@ -42,6 +43,8 @@ class RouterState:
         self.chance = chance or random.Random()  # noqa: S311 - ties and ids, nothing secret
         self.on_install: list[Callable[[Snapshot], None]] = []
         self._upstream_keepalive_s = upstream_keepalive_s
+        self.breakers: dict[str, Breaker] = {}
+        """Of replicas that have failed and not recovered; the others have none."""
         self._pools: dict[str, Pool] = {}
         self._functions: dict[str, FunctionState] = {}
 
@@ -72,6 +75,8 @@ class RouterState:
         }
         for replica in [r for r in self._pools if r not in new.replicas]:
             self._pools.pop(replica).close()
+        for replica in [r for r in self.breakers if r not in new.replicas]:
+            del self.breakers[replica]
         _log.info(
             "serving generation %d (%s): %d functions, %d replicas, %d tenants",
             table.generation,
@@ -104,6 +109,16 @@ class RouterState:
             if self.snapshot is not None and candidate.id in self.snapshot.replicas:
                 self._pools[candidate.id] = pool
         return pool
+
+    def breaker(self, replica: str) -> Breaker:
+        """The replica's, made if it has none: something has gone wrong with it."""
+        return self.breakers.setdefault(replica, Breaker())
+
+    def recovered(self, replica: str) -> None:
+        """It answered as it should."""
+        breaker = self.breakers.pop(replica, None)
+        if breaker is not None and breaker.ejections:
+            _log.info("replica %s answers again", replica)
 
     def sweep(self) -> None:
         """Closes connections that have been idle too long."""

@@ -128,6 +128,10 @@ class Snapshot:
     def revision(self) -> str:
         return self.table.revision
 
+    def may_use(self, tenant: Tenant, function: Function) -> bool:
+        """Whether the tenant's list of models names this function."""
+        return _may_use(tenant, function)
+
     def resolve(self, tenant: Tenant, model: str) -> Function | None:
         """The function a tenant means by a model name; None also for one that is not its own."""
         for function in self.names.get(model, ()):

@@ -43,6 +43,13 @@ class UpstreamFailed(ConnectionError):
         """A reused connection closed without a byte: the engine's keep-alive had run out."""
 
 
+class ConnectFailed(UpstreamFailed):
+    """No connection could be opened: nothing was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, began=False)
+
+
 class UpstreamTimeout(UpstreamFailed):
     """A deadline passed. `phase`: connect, first-byte or between-chunks."""
 

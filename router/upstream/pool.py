@@ -14,10 +14,10 @@ from socket import SOCK_STREAM
 
 from router.core.endpoint_check import all_allowed
 from router.core.snapshot import Candidate
-from router.upstream.connection import Connection, UpstreamFailed, UpstreamTimeout
+from router.upstream.connection import ConnectFailed, Connection, UpstreamTimeout
 
 
-class EndpointForbidden(UpstreamFailed):
+class EndpointForbidden(ConnectFailed):
     """The endpoint's name resolves to an address that its cluster does not allow."""
 
 
@@ -73,7 +73,7 @@ class Pool:
         Raises:
             UpstreamTimeout: after `timeout_s`.
             EndpointForbidden: when the name resolves to a forbidden address.
-            UpstreamFailed: when nothing can be reached there.
+            ConnectFailed: when nothing can be reached there.
         """
         try:
             async with asyncio.timeout(timeout_s):
@@ -81,9 +81,9 @@ class Pool:
         except TimeoutError:
             raise UpstreamTimeout("connect", timeout_s) from None
         except OSError as error:
-            if isinstance(error, UpstreamFailed):
+            if isinstance(error, ConnectFailed):
                 raise
-            raise UpstreamFailed(f"cannot connect: {type(error).__name__}", began=False) from None
+            raise ConnectFailed(f"cannot connect: {type(error).__name__}") from None
 
     async def _open(self) -> Connection:
         tls, host, port = self.address
@@ -93,7 +93,7 @@ class Pool:
             found = await self._loop.getaddrinfo(host, port, type=SOCK_STREAM)
             addresses = [str(entry[4][0]) for entry in found]
         if not all_allowed(addresses, self._cidrs):
-            raise EndpointForbidden(f"{host} is at an address that is not allowed", began=False)
+            raise EndpointForbidden(f"{host} is at an address that is not allowed")
         for number, address in enumerate(addresses, 1):
             try:
                 # The address that was checked, not the name: a second look-up might differ.
@@ -109,7 +109,7 @@ class Pool:
                     raise
             else:
                 return connection
-        raise UpstreamFailed(f"{host} has no address", began=False)
+        raise ConnectFailed(f"{host} has no address")
 
     def sweep(self) -> None:
         """Closes what has been idle too long."""
