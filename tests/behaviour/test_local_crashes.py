@@ -141,7 +141,7 @@ async def settle(backend: LocalBackend, owner: str, wanted: Workload | None) -> 
 
 # Strides that are odd, so that points before and after a step alternate: a replica's steps repeat
 # those of the other, and a run of every point takes a minute.
-@pytest.mark.parametrize(("story", "stride"), [("create", 5), ("roll", 9), ("delete", 5)])
+@pytest.mark.parametrize(("story", "stride"), [("create", 7), ("roll", 13), ("delete", 7)])
 async def test_killed_anywhere_the_next_one_gets_exactly_what_is_wanted(
     story: str, stride: int, driver: Driver, tmp_path: Path
 ) -> None:

@@ -139,7 +139,7 @@ class StateDir:
 
     def read_replicas(self) -> Iterator[tuple[ReplicaRecord, ReplicaProcesses | None]]:
         """Those that can be understood; others were never started, or their process tells."""
-        for folder in sorted(self.replicas.iterdir()):
+        for folder in sorted(self.replicas.glob("*")):
             try:
                 record = _REPLICA.validate_json((folder / "replica.json").read_bytes())
             except (OSError, ValidationError):
@@ -156,7 +156,7 @@ class StateDir:
     def remove_old_logs(self, current: Collection[str], keep: int = KEPT_LOGS) -> None:
         """Removes the logs of ended replicas but for the newest `keep`."""
         ended = [f for f in self.logs.glob("*.log") if f.name.removesuffix(".log") not in current]
-        ended.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        ended.sort(key=_modified_at, reverse=True)
         for file in ended[keep:]:
             file.unlink(missing_ok=True)
             file.with_name(f"{file.name}.1").unlink(missing_ok=True)
@@ -170,6 +170,14 @@ class StateDir:
         except OSError:
             return ""
         return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+
+
+def _modified_at(file: Path) -> float:
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        # Its writer has just turned it over.
+        return 0.0
 
 
 def _dump(adapter: TypeAdapter[Any], record: object) -> bytes:
