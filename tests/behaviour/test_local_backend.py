@@ -433,7 +433,7 @@ async def test_a_spec_that_does_not_start_leaves_the_old_one_serving(bench: Benc
     before = await bench.until_ready(old)
     await bench.backend.apply(Update(bad, "roll", "changed"))
     now = await bench.until(lambda now: "no such weights" in now.detail)
-    assert "2 replicas of the old one serve" in now.detail
+    assert "2 replicas of the old one left serving" in now.detail
     serving = {r.id for r in now.replicas if r.phase is Phase.READY}
     assert serving == {r.id for r in before.replicas}
 
@@ -479,7 +479,7 @@ async def test_a_workload_without_room_waits_for_it(bench: Bench) -> None:
     await bench.until_ready(first)
     await bench.create(second)
     now = await bench.until(lambda now: bool(now.detail), name=second.name)
-    assert now.detail == "maxProcesses 2 is reached: 1 replicas wait"
+    assert now.detail == "maxProcesses 2 is reached: 1 replica waiting"
     assert now.replicas == ()
     await bench.backend.apply(Delete(first.name, "first", "local", "gone"))
     await bench.backend.release([r.id for r in await bench.replicas(first.name)])

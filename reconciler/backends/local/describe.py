@@ -18,7 +18,7 @@ def describe(
 ) -> str:
     """Empty when it runs as wanted and nothing needs saying."""
     if deleting:
-        return f"deleting: {len(replicas)} replicas finish their requests"
+        return f"deleting: {_count(len(replicas))} to finish requests"
     active = [r for r in replicas if r.phase is not Phase.DRAINING]
     newest = [r for r in active if r.spec_digest == workload.spec_digest]
     ready = sum(r.phase is Phase.READY for r in newest)
@@ -28,13 +28,19 @@ def describe(
         parts.append(f"rolling: {ready} of {workload.replicas} replicas run the new spec")
         if failed and not ready:
             serving = sum(r.phase is Phase.READY for r in active)
-            parts.append(f"it does not start, {serving} replicas of the old one serve: {failed[0]}")
+            parts.append(
+                f"it does not start, {_count(serving)} of the old one left serving: {failed[0]}"
+            )
     if steps.waiting and isinstance(workload.provider, LocalProvider):
         limit = workload.provider.max_processes
         if len(active) > len(newest):
             parts.append(f"maxProcesses {limit} leaves no room for a surge: replaced one by one")
         else:
-            parts.append(f"maxProcesses {limit} is reached: {steps.waiting} replicas wait")
+            parts.append(f"maxProcesses {limit} is reached: {_count(steps.waiting)} waiting")
     if workload.rollout.strategy == "canary":
         parts.append("a local cluster rolls where canary is asked for")
     return "; ".join(parts)
+
+
+def _count(replicas: int) -> str:
+    return "1 replica" if replicas == 1 else f"{replicas} replicas"

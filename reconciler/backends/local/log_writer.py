@@ -34,35 +34,33 @@ class BoundedLog:
 
     def write(self, data: bytes) -> None:
         """Writes all of it or counts what is lost; never raises OSError."""
+        note = b""
+        if self._lost:
+            note = f"\n[{self._lost} bytes of output were lost here: {self._reason}]\n".encode()
+        rest = memoryview(note + data)
         try:
-            if self._lost:
-                note = f"\n[{self._lost} bytes of output were lost here: {self._reason}]\n"
-                self._append(note.encode())
-                self._lost = 0
-            self._append(data)
-        except OSError as error:
-            self._reason = error.strerror or str(error)
-            self._close()
-
-    def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        try:
-            if self._descriptor >= 0 and self._written + len(data) > self._size_bytes:
-                self._close()
-                os.replace(self._path, f"{self._path}.1")  # noqa: PTH105 - no pathlib: it is slow to import
-            if self._descriptor < 0:
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-                self._descriptor = os.open(self._path, flags, 0o600)
-                self._written = os.fstat(self._descriptor).st_size
+            self._make_room(len(rest))
             while rest:
                 count = os.write(self._descriptor, rest)
                 self._written += count
                 rest = rest[count:]
-        except OSError:
-            self._lost += len(rest)
-            raise
+                if len(rest) <= len(data):
+                    self._lost = 0
+        except OSError as error:
+            self._lost += min(len(rest), len(data))
+            self._reason = error.strerror or str(error)
+            self.close()
 
-    def _close(self) -> None:
+    def _make_room(self, size_bytes: int) -> None:
+        if self._descriptor >= 0 and self._written + size_bytes > self._size_bytes:
+            self.close()
+            os.replace(self._path, f"{self._path}.1")  # noqa: PTH105 - pathlib is slow to import
+        if self._descriptor < 0:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o600)
+            self._written = os.fstat(self._descriptor).st_size
+
+    def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -72,8 +70,9 @@ def main() -> None:
     # It ends with the engine's output, and with nothing before.
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXFSZ):
         signal.signal(signum, signal.SIG_IGN)
-    log = BoundedLog(sys.argv[1], int(sys.argv[2]))
-    while data := os.read(0, _CHUNK_BYTES):
+    path, size_bytes = sys.argv[1], int(sys.argv[2])
+    log = BoundedLog(path, size_bytes)
+    while data := os.read(0, min(_CHUNK_BYTES, size_bytes)):
         log.write(data)
 
 
