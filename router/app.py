@@ -119,9 +119,16 @@ class Router:
             keepalive_timeout=settings.keepalive_timeout_s,
             access_log=None,
         )
-        self._server = await loop.create_server(
-            self._clients, settings.host, settings.port, backlog=_BACKLOG
-        )
+        if settings.listen_fd is None:
+            self._server = await loop.create_server(
+                self._clients, settings.host, settings.port, backlog=_BACKLOG
+            )
+        else:
+            try:
+                inherited = socket.socket(fileno=settings.listen_fd)
+            except OSError as error:
+                raise SettingsInvalid(f"listen_fd: {error}") from None
+            self._server = await loop.create_server(self._clients, sock=inherited, backlog=_BACKLOG)
         admin = await loop.create_server(
             web.Server(
                 Admin(self.state, self.metrics, settings.router_id),

@@ -6,20 +6,31 @@ after a drain, 1 when it could not start, 2 for wrong flags.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Final
 
 import uvloop
 
 from router.app import Router, serve
 from router.settings import SettingsInvalid, load
 from router.static_table import TableInvalid
+from router.workers import Workers, WorkersFailed, supervise
+
+_PR_SET_PDEATHSIG: Final = 1
 
 
-def _ready(router: Router) -> None:
+def _die_with_the_supervisor() -> None:
+    """A worker whose supervisor is killed drains, instead of serving on unseen."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _ready(router: Router | Workers) -> None:
     line = {
         "event": "ready",
         "url": router.url,
@@ -43,7 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         stream=sys.stderr,
     )
     try:
+        if settings.workers > 1:
+            uvloop.run(supervise(settings, _ready))
+            return
+        if settings.listen_fd is not None:
+            _die_with_the_supervisor()
         uvloop.run(serve(settings, _ready))
-    except (SettingsInvalid, TableInvalid, OSError) as error:
+    except (SettingsInvalid, TableInvalid, WorkersFailed, OSError) as error:
         print(f"detoserve-router: {error}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -38,6 +38,10 @@ class Settings(BaseModel):
     """Address of /metrics and /status, which need no key: keep it private."""
     admin_port: Port = 8001
     """Port of /metrics and /status; 0 takes a free one and prints it."""
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    """Processes behind the port; about one a core. SIGHUP replaces them one by one."""
+    listen_fd: int | None = None
+    """A listening socket inherited from whoever started this process, instead of host and port."""
     id: Annotated[str, Field(pattern=r"^[\w.:-]{0,100}$")] = ""
     """Name of this router in heartbeats; unique among routers. Unset: host name and port."""
 
@@ -94,6 +98,8 @@ class Settings(BaseModel):
             raise ValueError(
                 "tables from Redis must be signed: give routes_public_key, as `detoserve up` prints it"
             )
+        if self.workers > 1 and self.listen_fd is not None:
+            raise ValueError("an inherited socket is for one worker: leave workers at 1")
         return self
 
     @property

@@ -40,7 +40,7 @@ class RouterState:
         """Unix seconds at which the table was last known to be current."""
         self.draining = False
         self.in_flight = InFlight()
-        self.chance = chance or random.Random()  # noqa: S311 - ties and ids, nothing secret
+        self.chance = chance or random.Random()
         self.on_install: list[Callable[[Snapshot], None]] = []
         self._upstream_keepalive_s = upstream_keepalive_s
         self.breakers: dict[str, Breaker] = {}
