@@ -66,9 +66,14 @@ def simulate(
         int, typer.Option(help="Tokens in a cache block.")
     ] = _DEFAULTS.block_size,
     num_gpu_blocks_override: Annotated[
-        int,
-        typer.Option("--num-gpu-blocks-override", "--num-blocks", help="Blocks in the cache."),
-    ] = _DEFAULTS.num_blocks,
+        int | None,
+        typer.Option(
+            "--num-gpu-blocks-override",
+            "--num-blocks",
+            help=f"Blocks in the cache; if left out {_DEFAULTS.num_blocks}, or more where"
+            " max-model-len needs more.",
+        ),
+    ] = None,
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Reuse blocks of equal prefixes.")
     ] = _DEFAULTS.enable_prefix_caching,
@@ -173,7 +178,9 @@ def simulate(
             api_key=api_key or None,
             max_model_len=max_model_len,
             block_size=block_size,
-            num_blocks=num_gpu_blocks_override,
+            num_blocks=num_gpu_blocks_override
+            if num_gpu_blocks_override is not None
+            else max(_DEFAULTS.num_blocks, -(-max_model_len // max(1, block_size))),
             enable_prefix_caching=enable_prefix_caching,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
