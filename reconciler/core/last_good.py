@@ -95,7 +95,7 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
     tolerated: set[ObjectKey] = set()
     users: dict[ObjectKey, list[ObjectKey]] = {}
     while True:
-        found = check_references(objects)
+        found = check_references(objects, named_badly)
         told = _named_badly(problems) if dropped or held else set()
         problems += [p for p in found if p.key not in told]
         bad = sorted((_named_badly(found) & objects.keys()) - tolerated)

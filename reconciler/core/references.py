@@ -7,7 +7,7 @@ neither is more right. Not here: one object's own fields (schemas), or what to d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from graphlib import CycleError, TopologicalSorter
@@ -36,6 +36,8 @@ class _Repo:
     clusters: Mapping[str, tuple[ConfigObject, Cluster]]
     deployments: Mapping[str, tuple[ConfigObject, Deployment]]
     platforms: Mapping[str, tuple[ConfigObject, Platform]]
+    invalid: Collection[ObjectKey]
+    """Objects that are written, but not validly."""
 
     def names(self, kind: Kind) -> Mapping[str, object]:
         named: dict[Kind, Mapping[str, object]] = {
@@ -48,14 +50,20 @@ class _Repo:
         return named[kind]
 
 
-def check_references(objects: Mapping[ObjectKey, ConfigObject]) -> tuple[Problem, ...]:
-    """Every problem between objects, in order of place; each names the object it is about."""
+def check_references(
+    objects: Mapping[ObjectKey, ConfigObject], invalid: Collection[ObjectKey] = ()
+) -> tuple[Problem, ...]:
+    """Every problem between objects, in order of place; each names the object it is about.
+
+    `invalid` are objects that stand in the repo but do not load: who names one of them is told so.
+    """
     repo = _Repo(
         functions=_of(Function, objects),
         tenants=_of(Tenant, objects),
         clusters=_of(Cluster, objects),
         deployments=_of(Deployment, objects),
         platforms=_of(Platform, objects),
+        invalid=invalid,
     )
     found = [
         *_deployments(repo),
@@ -83,7 +91,10 @@ def _unknown(
     repo: _Repo, obj: ConfigObject, kind: Kind, name: str, *path: str | int
 ) -> Iterator[Problem]:
     if name not in repo.names(kind):
-        message = f'there is no {kind} "{name}"; {suggestion(name, repo.names(kind))}'
+        if ObjectKey(kind, name) in repo.invalid:
+            message = f"{kind}/{name} does not load; mend it first"
+        else:
+            message = f'there is no {kind} "{name}"; {suggestion(name, repo.names(kind))}'
         yield Problem(obj.at(*path), message, key=obj.key)
 
 

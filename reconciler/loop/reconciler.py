@@ -147,7 +147,7 @@ class Reconciler:
         return pause
 
     async def one_pass(self) -> None:
-        """fetch -> load -> compile -> observe -> plan -> publish -> apply -> status."""
+        """Fetch -> load -> compile -> observe -> plan -> publish -> apply -> status."""
         memory = self.memory
         await self._take_in_config()
         observed = await self._observe()
@@ -262,7 +262,7 @@ class Reconciler:
             )
             generation = await self._routes.publish(table, lease=lease, floor=memory.generation)
         except Fenced as error:
-            log.error("routes not published: %s", error)
+            log.error("routes not published: %s", error)  # noqa: TRY400 - the message says it all
             return False
         except Transient as error:
             log.warning("routes not published, routers keep what they have: %s", error)

@@ -177,9 +177,12 @@ def _chat_model(world: World) -> str | None:
     """The first function that chats and has replicas."""
     serving = {line.function for line in deployment_lines(world).values() if line.ready}
     for key, obj in sorted(world.effective.objects.items()):
-        if isinstance(obj.value, Function) and key.name in serving:
-            if "chat" in obj.value.spec.model.tasks:
-                return key.name
+        if (
+            isinstance(obj.value, Function)
+            and key.name in serving
+            and "chat" in obj.value.spec.model.tasks
+        ):
+            return key.name
     return None
 
 

@@ -35,8 +35,10 @@ class Up:
         home = folder / "home"
         home.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [DETOSERVE, "up", "--config", self.config, "--state-dir", self.state_dir]
-            + ["--port", "0", "--output", "json", *args],
+            [
+                *(DETOSERVE, "up", "--config", self.config, "--state-dir", self.state_dir),
+                *("--port", "0", "--output", "json", *args),
+            ],
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             cwd=folder,
@@ -110,8 +112,10 @@ class Up:
 
         return self.edit(path, change, message)
 
-    def status(self) -> Repo:
-        return Repo(self.config)
+    def story(self) -> str:
+        """Subjects and trailers of the status branch, newest first."""
+        with Repo(self.config) as repo:
+            return str(repo.git.log("--format=%s%n%b", "detoserve/status"))
 
     def client(self, ready: Event, *, key: str | None = None) -> OpenAI:
         return OpenAI(

@@ -276,9 +276,9 @@ def test_long_chains_fall_and_come_back_at_once(monkeypatch):
     """Each round costs a look at the whole repo; a chain must not cost one a link."""
     looks = []
 
-    def counted(objects):
+    def counted(objects, invalid):
         looks.append(None)
-        return check_references(objects)
+        return check_references(objects, invalid)
 
     monkeypatch.setattr(last_good, "check_references", counted)
     chain = [function(f"f{i}", routing={"fallbacks": [f"f{i + 1}"]}) for i in range(200)]
@@ -286,3 +286,12 @@ def test_long_chains_fall_and_come_back_at_once(monkeypatch):
     before = by_key(*chain, function("f200"))
     assert effective(reading(chain[0]), before).objects == before
     assert len(looks) < 10
+
+
+def test_who_needs_what_does_not_load_is_told_so() -> None:
+    key = ObjectKey("Function", "f")
+    problem = Problem(Location("f.yaml", 3, 1), "broken", key=key)
+    user = deployment("d", "f", "c", shared=True)
+    loaded = Loaded("r1", "x", by_key(user, local("c")), (problem,), frozenset({"f.yaml"}))
+    said = [p.message for p in effective(loaded, None).problems if p.key == user.key]
+    assert said[0] == "Function/f does not load; mend it first"
