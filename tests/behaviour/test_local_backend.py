@@ -24,7 +24,7 @@ from reconciler.backends.local.replica import ReplicaSettings
 from reconciler.core.action import Create, Delete, Update
 from reconciler.core.observed import Observation, ObservedReplica, ObservedWorkload, Phase
 from reconciler.core.workload import Workload
-from reconciler.errors import Stalled
+from reconciler.errors import Stalled, Transient
 from schemas.function import Readiness
 from tests.engines import engines_of, local_workload, processes_of
 from tests.support import eventually, free_port
@@ -577,6 +577,33 @@ async def test_a_full_disk_for_logs_stops_neither_engine_nor_reconciler(bench: B
     assert ready.replicas[0].id == now.replicas[1].id, "it printed 1.6 MB and never noticed"
     log = bench.state / "logs" / "engines" / f"{ready.replicas[0].id}.log"
     assert log.stat().st_size == 64 * 1024
+
+
+async def test_a_disk_that_takes_no_records_delays_starts_and_loses_nothing(bench: Bench) -> None:
+    one = bench.workload("one")
+    await bench.create(one)
+    before = await bench.until_ready(one)
+    (bench.state / "replicas").rename(bench.state / "aside")
+    (bench.state / "replicas").write_text("no folder any more")
+    two = bench.workload("one", replicas=2)
+    await bench.backend.apply(Update(two, "scale", "more"))
+    now = await bench.until(lambda now: now.count(Phase.FAILED) == 1)
+    assert "cannot be started" in now.replicas[1].detail
+    assert now.count(Phase.READY) == 1
+    assert set(bench.pids()) == {before.replicas[0].id}
+    (bench.state / "replicas").unlink()
+    (bench.state / "aside").rename(bench.state / "replicas")
+    await bench.until_ready(two)
+
+
+async def test_what_cannot_be_promised_on_disk_is_not_begun(bench: Bench) -> None:
+    (bench.state / "workloads" / "chat--here").write_text("in the way")
+    with pytest.raises(Transient, match="cannot be recorded"):
+        await bench.create(bench.workload())
+    assert bench.pids() == {}
+    (bench.state / "workloads" / "chat--here").unlink()
+    await bench.create(bench.workload())
+    await bench.until_ready(bench.workload())
 
 
 async def test_logs_are_bounded_and_those_of_ended_replicas_too(bench: Bench) -> None:

@@ -135,8 +135,13 @@ class Replica:
         finally:
             for descriptor in (null, read_end, write_end):
                 os.close(descriptor)
+        try:
+            self._watches.append(ExitWatch(engine, self._ended))
+        except OSError:
+            # What cannot be watched must not run: nobody would know when it ends.
+            kill_session(engine)
+            raise
         self._processes = ReplicaProcesses(engine, writer)
-        self._watches.append(ExitWatch(engine, self._ended))
         with self._tolerated("its process"):
             around.state.write_processes(self.id, self._processes)
         self._begin()
@@ -258,7 +263,7 @@ class Replica:
             base_s=settings.restart_base_s,
             cap_s=settings.restart_cap_s,
             jitter_fraction=settings.restart_jitter,
-            random_value=random.random(),  # noqa: S311 - spreads restarts, protects nothing
+            random_value=random.random(),
         )
         self.due_at = now + (pause_s if count else 0.0)
         self.detail = self._explain()
