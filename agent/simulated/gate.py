@@ -69,11 +69,14 @@ class Gate:
             state.enter()
             try:
                 response = await self._struck(request, handler)
-            except (ApiError, Died, web.HTTPException):
+            except Died:
                 state.failed += 1
                 raise
             except (asyncio.CancelledError, ConnectionError):  # the client has left
                 state.aborted += 1
+                raise
+            except Exception:
+                state.failed += 1
                 raise
             finally:
                 state.leave()

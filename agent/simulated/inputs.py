@@ -19,7 +19,7 @@ from agent.simulated.tokens import Tokens, Turn, encode, render_chat
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 def parse(body: bytes, kind: type[T]) -> T:
@@ -39,6 +39,8 @@ def parse(body: bytes, kind: type[T]) -> T:
         ) from error
     except msgspec.DecodeError as error:
         raise ApiError(400, f"JSON decode error: {error}", kind="Bad Request") from error
+    except RecursionError as error:
+        raise ApiError(400, "JSON decode error: nested too deeply", kind="Bad Request") from error
 
 
 def chat_prompt(

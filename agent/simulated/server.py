@@ -24,6 +24,7 @@ from aiohttp import web
 from agent.simulated.answers import ApiError
 from agent.simulated.engine import Engine
 from agent.simulated.faults import FaultPlan
+from agent.simulated.inputs import parse
 from agent.simulated.metrics import render
 from agent.simulated.openai_api import OpenAIApi
 from agent.simulated.settings import EngineSettings
@@ -201,10 +202,10 @@ class _Operations:
 
     async def change_faults(self, request: web.Request) -> web.Response:
         """Sets the fields that are given and leaves the others."""
+        changes = parse(await request.read(), dict[str, Any])
         try:
-            changes = msgspec.json.decode(await request.read(), type=dict[str, Any])
             plan = self._state.faults.merged(changes)
-        except msgspec.DecodeError as error:
+        except msgspec.ValidationError as error:
             raise ApiError(400, f"faults: {error}", kind="Bad Request") from error
         if plan.exit is not None:
             if self._state.end_process is None:

@@ -291,6 +291,7 @@ async def test_errors_are_of_the_api_s_shape(engine: SimulatedEngine, client: As
     [
         ("chat/completions", b'{"messages": [', "JSON decode error"),
         ("chat/completions", b"\xff\xfe", "JSON decode error"),
+        ("chat/completions", b'{"tools": ' + b"[" * 100_000, "too deeply"),
         ("chat/completions", b"[]", "Expected `object`"),
         ("chat/completions", b"{}", "messages"),
         ("chat/completions", b'{"messages": []}', "'messages'"),
