@@ -106,7 +106,13 @@ def compile_workloads(effective: Effective) -> Desired:
         if made is None:
             template = _template(function, cluster)
             made = templates[spec.function, place] = (template, template_digest(template))
-        wanted = spec.replicas if spec.replicas is not None else function.spec.scaling.min_replicas
+        if isinstance(cluster.spec.provider, ExternalProvider):
+            # There are as many as there are: nobody here starts or stops one.
+            wanted = len(made[0].endpoints)
+        elif spec.replicas is not None:
+            wanted = spec.replicas
+        else:
+            wanted = function.spec.scaling.min_replicas
         name = workload_name(deployment.metadata.name, place)
         workloads[name] = Workload(
             name=name,

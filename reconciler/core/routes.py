@@ -119,6 +119,12 @@ def _arms(
         if workload.backend in unknown:
             for name, arm in last.get((workload.deployment, workload.cluster), ()):
                 replicas.setdefault(name, []).extend(arm.replicas)
+        elif workload.backend == "external" and not _is_told(workload, seen.get("external")):
+            # Not probed yet, as after a restart: engines of others go on while nobody looks.
+            urls = {endpoint.url for endpoint in workload.template.endpoints}
+            for name, arm in last.get((workload.deployment, workload.cluster), ()):
+                kept = [r for r in arm.replicas if r.url in urls and workload.replicas]
+                replicas.setdefault(name, []).extend(kept)
         elif workload.backend in seen:
             for replica in _replicas(seen[workload.backend].workloads.get(workload.name)):
                 fresh = replica.spec_digest == workload.spec_digest
@@ -129,6 +135,10 @@ def _arms(
             if name in names:
                 arms.add(name, _arm(workload, tuple(found)))
     return arms
+
+
+def _is_told(workload: Workload, observation: Observation | None) -> bool:
+    return observation is not None and workload.name in observation.workloads
 
 
 def _add_staying(

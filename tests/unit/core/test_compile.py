@@ -121,3 +121,11 @@ def test_the_first_listed_cluster_that_meets_the_constraints_is_chosen():
     assert place(regions=["us"]) == ["d"]
     assert place(residency=["gov"]) == ["d"]
     assert place(regions=["eu"], residency=["gov"]) == []
+
+
+def test_external_workloads_have_as_many_replicas_as_endpoints():
+    objects = (function("f", scaling={"minReplicas": 5}), external("x", ["f"]))
+    (workload,) = desired_of(*objects, deployment("d", "f", "x")).workloads.values()
+    assert workload.replicas == len(workload.template.endpoints)
+    (stopped,) = desired_of(*objects, deployment("d", "f", "x", suspend=True)).workloads.values()
+    assert stopped.replicas == 0

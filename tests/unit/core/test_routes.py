@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from reconciler.core.compile import compile_workloads
 from reconciler.core.config import ConfigObject
@@ -229,3 +230,24 @@ def test_nothing_is_released_that_a_router_may_still_use(phases, routers):
 
 def test_nothing_is_released_of_a_backend_that_cannot_be_asked():
     assert released([Unknown("local", "down")], 5, {}) == frozenset()
+
+
+def test_external_endpoints_stay_routed_until_they_were_probed_again():
+    objects = (function("f"), external("c", ["f"]), deployment("a"))
+    (workload,) = desired_of(*objects).workloads.values()
+    before = table(objects, [observation(running(workload), backend="external")])
+    kept = tuple(
+        replace(arm, replicas=(routing.Replica(id="e", url=workload.template.endpoints[0].url),))
+        for f in before.functions
+        for arm in f.arms
+    )
+    before = replace(before, functions=(replace(before.functions[0], arms=kept),))
+    assert arms(table(objects, [observation(backend="external")], before)) == {
+        ("f", "a", "c"): ["e ready"]
+    }
+    elsewhere = replace(
+        before.functions[0],
+        arms=(replace(kept[0], replicas=(routing.Replica(id="x", url="http://gone"),)),),
+    )
+    gone = replace(before, functions=(elsewhere,))
+    assert arms(table(objects, [observation(backend="external")], gone)) == {("f", "a", "c"): []}
