@@ -33,7 +33,7 @@ def line(record: RequestRecord, at: float) -> bytes:
             "decision": record.decision,
             "tenant": record.tenant,
             "key": record.key,
-            "path": record.path[:200],
+            "path": record.path.partition("?")[0][:200],
             "function": record.function,
             "replica": record.replica,
             "generation": record.generation,

@@ -11,10 +11,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Final, cast
 
+import msgspec
 from aiohttp import web
 
 from router.client import SENT, SENT_AND_CLOSE, ClientConnection, refuse
@@ -50,11 +50,10 @@ _REST_S: Final = 0.25
 """How long a replica is spared that is full and does not say for how long."""
 _log: Final = logging.getLogger(__name__)
 _FALL_BACK_ON: Final = frozenset({"no_replica", "at_capacity", "upstream_failed"})
-_ENCODINGS: Final = frozenset({"", "identity", "gzip", "deflate"})
+_ENCODINGS: Final = frozenset({b"", b"identity", b"gzip", b"deflate"})
 
 
-@dataclass(slots=True)
-class _Call:
+class _Call(msgspec.Struct):
     """What every attempt of one request shares."""
 
     request: web.BaseRequest
@@ -143,7 +142,7 @@ class Proxy:
         """A new record with ids of its own."""
         decision = f"{self._state.chance.getrandbits(64):016x}"
         return RequestRecord(
-            path=request.path,
+            path=request.raw_path,
             operation=operation,
             started=perf_counter(),
             id=f"req_{decision}",
@@ -169,7 +168,7 @@ class Proxy:
         refusal = admit(self._state.in_flight.total - 1, self._settings.max_in_flight)
         if refusal is not None:
             raise Refused(refusal)
-        body = await self._read(request)
+        body = await self._read(request, headers)
         record.request_bytes = len(body)
         try:
             if endpoint.multipart:
@@ -221,7 +220,7 @@ class Proxy:
                 if not functions or refused.refusal.code not in _FALL_BACK_ON:
                     raise
 
-    async def _read(self, request: web.BaseRequest) -> bytes:
+    async def _read(self, request: web.BaseRequest, headers: ClientHeaders) -> bytes:
         """The whole body, decoded.
 
         Raises:
@@ -229,10 +228,8 @@ class Proxy:
         """
         limit = self._settings.max_body_bytes
         content = request.content
-        if request.headers.get("Content-Encoding", "").lower() not in _ENCODINGS:
+        if headers.encoding not in _ENCODINGS:
             raise Refused(errors.UNSUPPORTED_ENCODING)
-        if request.content_length is not None and request.content_length > limit:
-            raise Refused(errors.too_large(limit))
         parts: list[bytes] = []
         size = 0
         try:
@@ -241,7 +238,9 @@ class Proxy:
                 if len(body) > limit:
                     raise Refused(errors.too_large(limit))
                 return body
-            if request.headers.get("Expect", "").lower() == "100-continue" and request.transport:
+            if request.content_length is not None and request.content_length > limit:
+                raise Refused(errors.too_large(limit))
+            if headers.expects_continue and request.transport:
                 request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             while True:
                 async with asyncio.timeout(self._settings.body_timeout_s):

@@ -5,16 +5,16 @@ Names and numbers only; no prompt, no key, no header of the client.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 Outcome = Literal[
     "ok", "refused", "client_error", "upstream_error", "interrupted", "timeout", "client_gone"
 ]
 
 
-@dataclass(slots=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct):
     """Filled in as the request goes. Times are `perf_counter` seconds."""
 
     path: str

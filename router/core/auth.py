@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from router.core.errors import (
     INSUFFICIENT_SCOPE,
@@ -26,8 +25,7 @@ _ID: Final = slice(len(_PREFIX), len(_PREFIX) + 10)
 _NO_KEY: Final = bytes(32)
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(NamedTuple):
     """A tenant, by one of its keys."""
 
     tenant: Tenant

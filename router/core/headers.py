@@ -8,12 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Literal
+
+import msgspec
 
 from router.core.errors import Refusal, bad_request
 
-_Use = Literal["pass", "drop", "authorization", "key", "request-id", "content-type", "connection"]
+_Use = Literal[
+    "pass",
+    "drop",
+    "authorization",
+    "key",
+    "request-id",
+    "content-type",
+    "connection",
+    "encoding",
+    "expect",
+]
 
 _READ: Final[dict[bytes, _Use]] = {
     b"authorization": "authorization",
@@ -22,12 +33,14 @@ _READ: Final[dict[bytes, _Use]] = {
     b"x-request-id": "request-id",
     b"content-type": "content-type",
     b"connection": "connection",
+    # The body is decoded and complete when it is passed on.
+    b"content-encoding": "encoding",
+    b"expect": "expect",
 }
 _DROPPED: Final = re.compile(
     rb"keep-alive|te|trailers?|transfer-encoding|upgrade|proxy-.*|host|content-length"
-    # The body has been decoded, and its length is known; engines answer without compression, so
-    # that an error event can be added to a stream.
-    rb"|content-encoding|accept-encoding|expect|http2-settings"
+    # Engines answer without compression, so that an error event can be added to a stream.
+    rb"|accept-encoding|http2-settings"
     # Whoever says who he is without a key.
     rb"|cookie|forwarded|x-forwarded-.*|x-real-ip|x-client-.*|true-client-ip|cf-.*|remote-.*|from"
     rb"|x-(?:remote|auth|authenticated|consumer|credential|user|tenant|team|org|organization"
@@ -47,8 +60,7 @@ def _use(name: bytes) -> _Use:
     return use
 
 
-@dataclass(slots=True)
-class ClientHeaders:
+class ClientHeaders(msgspec.Struct):
     """What the router read, and the lines that are passed on."""
 
     lines: list[bytes]
@@ -56,6 +68,9 @@ class ClientHeaders:
     token: bytes | None = None
     request_id: bytes | None = None
     content_type: bytes = b""
+    encoding: bytes = b""
+    """Of the body, in lower case."""
+    expects_continue: bool = False
 
 
 def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
@@ -81,6 +96,10 @@ def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
         elif use == "content-type":
             out.content_type = value
             lines.append(b"%b: %b\r\n" % (name, value))
+        elif use == "encoding":
+            out.encoding = value.strip().lower()
+        elif use == "expect":
+            out.expects_continue = value.strip().lower() == b"100-continue"
         elif use == "connection":
             named += value.lower() + b","
     if named and named not in (b"keep-alive,", b"close,"):

@@ -46,10 +46,9 @@ def available(
 
 def _by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
     """Replicas of one arm, chosen by weight; all of them where the weights are equal."""
-    first = candidates[0].weight
-    if all(c.weight == first for c in candidates):
-        return candidates
     weights = {c.deployment: c.weight for c in candidates}
+    if len(weights) == 1 or len(set(weights.values())) == 1:
+        return candidates
     total = sum(weights.values())
     mark = chance.random() * total
     for deployment, weight in weights.items():
