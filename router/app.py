@@ -37,6 +37,8 @@ from schemas.wire.envelope import public_key_from_hex
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
 _QUIET_S: Final = 0.25
+_LINGER_S: Final = 2.0
+"""How long the rest of a refused body is read, so that the client sees the refusal."""
 _CUT_S: Final = 0.05
 """aiohttp waits this long, twice, before it cuts what still runs; 0 would mean for ever."""
 
@@ -117,6 +119,7 @@ class Router:
             Api(self.state, proxy, self._finished),
             handler_cancellation=True,
             keepalive_timeout=settings.keepalive_timeout_s,
+            lingering_time=_LINGER_S,
             access_log=None,
         )
         if settings.listen_fd is None:

@@ -14,6 +14,7 @@ from openai import (
     NotFoundError,
 )
 
+from schemas.wire.routing import Arm, Replica
 from tests.behaviour.router.harness import (
     CHAT,
     FOREIGN_KEY,
@@ -31,6 +32,7 @@ from tests.behaviour.router.harness import (
     simulated,
     tenant,
 )
+from tests.support import eventually
 
 
 async def test_the_openai_client_works_through_the_router(tmp_path):
@@ -333,3 +335,81 @@ async def test_a_full_fleet_and_no_fleet_say_so(tmp_path):
         assert b" 503 " in answer
         assert b"Retry-After: " in answer
         assert b"no_replica" in answer
+
+
+async def test_pipelined_requests_are_answered_in_order(tmp_path):
+    async def echo(received, writer):
+        await http(received.body)(received, writer)
+
+    bodies = [b'{"model":"sim","i":%d}' % i for i in range(5)]
+    async with (
+        fake_engine(echo) as engine,
+        running_router(routing_table(function(engine.url, served_name="sim")), tmp_path) as router,
+    ):
+        kept = [post(body).replace(b"Connection: close\r\n", b"") for body in bodies[:-1]]
+        answer = await raw(router.port, b"".join(kept) + post(bodies[-1]))
+        assert [part[: len(bodies[0])] for part in answer.split(b"\r\n\r\n")[1:]] == bodies
+
+
+async def test_an_offer_to_upgrade_is_not_taken_up(tmp_path):
+    async with (
+        fake_engine() as engine,
+        running_router(routing_table(function(engine.url)), tmp_path) as router,
+    ):
+        offer = "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+        request = post(CHAT, headers=offer).replace(
+            b"Connection: close", b"Connection: Upgrade, HTTP2-Settings, close"
+        )
+        assert (await raw(router.port, request)).startswith(b"HTTP/1.1 200 ")
+        assert b"upgrade" not in engine.received[0].headers
+        assert b"http2-settings" not in engine.received[0].headers
+
+
+@pytest.mark.parametrize(
+    ("partial", "answer"),
+    [
+        (b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nX-Slow", b""),
+        (b"", b""),
+        (post(CHAT)[:-5], b"HTTP/1.1 408 "),
+    ],
+    ids=["head", "nothing", "body"],
+)
+async def test_clients_that_send_too_slowly_are_let_go(tmp_path, partial, answer):
+    async with (
+        fake_engine() as engine,
+        running_router(
+            routing_table(function(engine.url)),
+            tmp_path,
+            keepalive_timeout_s=0.3,
+            body_timeout_s=0.3,
+        ) as router,
+    ):
+        assert (await raw(router.port, partial)).startswith(answer)
+        assert engine.received == []
+        router.assert_idle()
+
+
+async def test_a_replica_takes_no_more_than_it_says_it_can(tmp_path):
+    release = asyncio.Event()
+
+    async def held(received, writer):
+        await release.wait()
+        await http()(received, writer)
+
+    async with fake_engine(held) as engine:
+        arm = Arm(
+            deployment="d",
+            cluster="here",
+            replicas=(Replica(id="r", url=engine.url, max_concurrent=2),),
+        )
+        table = routing_table(function(arms=(arm,)))
+        async with running_router(table, tmp_path, probe_interval_s=0) as router:
+            running = [asyncio.create_task(raw(router.port, post(CHAT))) for _ in range(2)]
+            await eventually(lambda: len(engine.received) == 2)
+            third = await raw(router.port, post(CHAT))
+            assert b" 503 " in third
+            assert b"at_capacity" in third
+            assert b"Retry-After" in third
+            release.set()
+            assert all(b" 200 " in answer for answer in await asyncio.gather(*running))
+            router.assert_idle()
