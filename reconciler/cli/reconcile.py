@@ -47,6 +47,10 @@ def run(
             help="Ownership mark of everything this reconciler makes; keep it for the repo's life.",
         ),
     ] = "detoserve",
+    lease_ttl_s: Annotated[
+        float,
+        typer.Option(min=1, help="How long another waits after this reconciler was last heard of."),
+    ] = 15.0,
     webhook_host: Annotated[str, typer.Option(help="Address of the webhook.")] = "127.0.0.1",
     webhook_port: Annotated[
         int | None,
@@ -89,6 +93,7 @@ def run(
         state_dir=state_dir.resolve(),
         redis_url=redis_url,
         owner=owner,
+        lease_ttl_s=lease_ttl_s,
         webhook_host=webhook_host,
         webhook_port=webhook_port,
         webhook_secret=secret,

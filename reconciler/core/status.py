@@ -50,7 +50,9 @@ class World:
     failures: Mapping[str, str] = field(default_factory=dict)
     """Workload name -> why its last action failed."""
     source_problem: str = ""
-    """Why the repo could not be read, where that is so."""
+    """Why the repo could not be read, or what is odd about it, where that is so."""
+    routing_problem: str = ""
+    """Why routers cannot have what follows from all this, where that is so."""
 
 
 def status_path(key: ObjectKey) -> str:
@@ -312,6 +314,8 @@ def _summary(world: World, ready: Mapping[str, bool]) -> Document:
             "routers": len(world.routing.routers),
         },
     }
+    if world.routing_problem:
+        summary["routing"]["problem"] = world.routing_problem
     if world.source_problem:
         summary["source"] = world.source_problem
     if world.plan.refusals:

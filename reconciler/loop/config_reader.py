@@ -15,13 +15,13 @@ from reconciler.sources.loader import Loader
 
 
 class GitConfig:
-    """Reads a Git source; `head` and `rewritten` are of the last successful read."""
+    """Reads a Git source; `head` and `rewritten_from` are of the last successful read."""
 
     def __init__(self, source: GitSource, loader: Loader | None = None) -> None:
         self._source = source
         self._loader = loader or Loader()
         self.head: Head | None = None
-        self.rewritten = False
+        self.rewritten_from: str | None = None
 
     async def read(self, last_good: Objects | None) -> Reading:
         return await asyncio.to_thread(self._read, last_good)
@@ -31,7 +31,7 @@ class GitConfig:
         loaded = self._loader.load(snapshot, self._source)
         earlier = self._earlier(loaded) if last_good is None else {}
         self.head = self._head(snapshot.revision)
-        self.rewritten = snapshot.rewritten
+        self.rewritten_from = snapshot.rewritten_from
         return Reading(loaded, earlier)
 
     def _earlier(self, loaded: Loaded) -> dict[ObjectKey, ConfigObject]:

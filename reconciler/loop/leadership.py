@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from reconciler.errors import Stalled, Transient
 from reconciler.publish.lease import Held, LeaseHeld, LeaseHolder, LeaseLost, Leaser
@@ -12,6 +13,8 @@ from reconciler.publish.lease import Held, LeaseHeld, LeaseHolder, LeaseLost, Le
 log = logging.getLogger("detoserve.reconciler")
 
 ASK_AGAIN_S = 1.0
+LOOK_S = 0.25
+"""Between looks whether the lease ran out, or came back with Redis, without anybody taking it."""
 
 
 class LeaseLeadership:
@@ -64,9 +67,7 @@ class LeaseLeadership:
                 self.waiting_for = ""
                 log.info("holding the lease, generation %d", self._holder.require().generation)
                 self._on_change()
-                losing = asyncio.create_task(again.wait())
-                await asyncio.wait({stopping, losing}, return_when=asyncio.FIRST_COMPLETED)
-                losing.cancel()
+                await self._keep(stopping)
                 if again.is_set():
                     log.warning(
                         "acquiring the lease anew: %s", self._holder.lost or "outrun in Git"
@@ -79,3 +80,20 @@ class LeaseLeadership:
             if self._holder is not None:
                 holder, self._holder = self._holder, None
                 await holder.close()
+
+    async def _keep(self, stopping: asyncio.Task[Any]) -> None:
+        """Until it is lost to another, or `stopping`."""
+        losing = asyncio.create_task(self._again.wait())
+        before = True
+        while True:
+            done, _ = await asyncio.wait(
+                {stopping, losing}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if done:
+                losing.cancel()
+                return
+            now = self.held is not None
+            if now != before:
+                log.info("the lease %s", "is back" if now else "may have run out: not writing")
+                self._on_change()
+            before = now

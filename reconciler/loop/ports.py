@@ -83,8 +83,8 @@ class Config(Protocol):
     """The config repo, already read and loaded."""
 
     head: Head | None
-    rewritten: bool
-    """The newest commit does not descend from the last one seen."""
+    rewritten_from: str | None
+    """The last accepted revision, where the newest commit does not descend from it."""
 
     async def read(self, last_good: Objects | None) -> Reading:
         """Fetches and loads; unchanged files are not parsed again.

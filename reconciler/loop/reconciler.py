@@ -12,9 +12,10 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from reconciler.backends.base import Backend
-from reconciler.core.action import Effect, Plan
+from reconciler.core.action import Effect, Noop, Plan
 from reconciler.core.backoff import delay_s
 from reconciler.core.compile import compile_workloads, platform_of
 from reconciler.core.last_good import Effective, Objects, effective
@@ -23,16 +24,8 @@ from reconciler.core.plan import Pending, PlanPolicy, parse_confirmation, plan
 from reconciler.core.routes import changed_deployments, compile_routes, released
 from reconciler.core.status import RoutingView, World
 from reconciler.core.workload import Desired
-from reconciler.errors import (
-    Fenced,
-    ReconcileError,
-    SourceInvalid,
-    SourceUnreachable,
-    Stalled,
-    Transient,
-    Waiting,
-)
-from reconciler.loop.ports import Config, Leadership, Routers, Routes
+from reconciler.errors import ReconcileError, Stalled, Transient, Waiting
+from reconciler.loop.ports import Config, Leadership, Reading, Routers, Routes
 from reconciler.loop.state import State, StateFile
 from reconciler.publish.lease import Held
 from schemas.platform import PlatformSpec
@@ -42,6 +35,11 @@ log = logging.getLogger("detoserve.reconciler")
 
 APPLY_AT_ONCE = 16
 OBSERVE_TIMEOUT_S = 30.0
+FETCH_PATIENCE_S = 1.0
+"""How long a pass waits for the config repo before it goes on with what is in effect."""
+FETCH_AGAIN_BASE_S = 1.0
+FETCH_AGAIN_CAP_S = 60.0
+PUBLISH_AGAIN_S = 1.0
 
 
 @dataclass(slots=True)
@@ -71,6 +69,9 @@ class Memory:
     changed_at: dict[str, int] = field(default_factory=dict)
     failures: dict[str, _Failure] = field(default_factory=dict)
     source_problem: str = ""
+    routing_problem: str = ""
+    lease: int = 0
+    """Generation under which this reconciler published last."""
 
 
 class Reconciler:
@@ -86,6 +87,7 @@ class Reconciler:
         leadership: Leadership,
         state_file: StateFile,
         on_world: Callable[[World], None],
+        on_source_problem: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -95,9 +97,14 @@ class Reconciler:
         self._leadership = leadership
         self._state_file = state_file
         self._on_world = on_world
+        self._on_source_problem = on_source_problem
         self._clock = clock
         self._wake = asyncio.Event()
         self._fetch_due = True
+        self._fetch_failures = 0
+        self._fetch_again_at = inf
+        self._reading: asyncio.Task[Reading] | None = None
+        self._planned_at = clock()
         self.memory = Memory()
 
     def wake(self, *, fetch: bool = False) -> None:
@@ -137,14 +144,19 @@ class Reconciler:
                 waking.cancel()
         finally:
             stopping.cancel()
+            if self._reading is not None:
+                self._reading.cancel()
 
     def _pause_s(self) -> float:
-        intervals = self.platform().intervals
-        pause = max(0.05, intervals.resync)
         now = self._clock()
+        pause = min(self.platform().intervals.resync, self._fetch_again_at - now)
+        if self.memory.routes_due and self._leadership.held is not None:
+            pause = min(pause, PUBLISH_AGAIN_S)
         for failure in self.memory.failures.values():
-            pause = min(pause, max(0.05, failure.until - now))
-        return pause
+            # What was due in this pass and still stands waits for something else than time.
+            if failure.until > self._planned_at:
+                pause = min(pause, failure.until - now)
+        return max(0.05, pause)
 
     async def one_pass(self) -> None:
         """Fetch -> load -> compile -> observe -> plan -> publish -> apply -> status."""
@@ -160,7 +172,9 @@ class Reconciler:
         memory.observed = observed
 
         policy = self._policy(current)
-        made = plan(memory.desired, observed, policy, self._clock())
+        self._planned_at = self._clock()
+        made = plan(memory.desired, observed, policy, self._planned_at)
+        self._forget_failures(made)
         if made.staying != memory.plan.staying:
             memory.routes_due = True
         memory.plan = made
@@ -176,18 +190,42 @@ class Reconciler:
 
     async def _take_in_config(self) -> None:
         memory = self.memory
-        if not self._fetch_due:
+        if self._reading is None:
+            if not self._fetch_due and self._clock() < self._fetch_again_at:
+                return
+            self._fetch_due, self._fetch_again_at = False, inf
+            self._reading = asyncio.create_task(self._config.read(memory.objects))
+        await asyncio.wait({self._reading}, timeout=FETCH_PATIENCE_S)
+        if not self._reading.done():
+            # A remote that hangs delays no route: its answer wakes a later pass.
+            self._reading.remove_done_callback(self._read)
+            self._reading.add_done_callback(self._read)
             return
-        self._fetch_due = False
+        done, self._reading = self._reading, None
+        if self._fetch_due:
+            self.wake()  # asked for again meanwhile
         try:
-            reading = await self._config.read(memory.objects)
-        except (SourceUnreachable, SourceInvalid, Transient) as error:
-            if memory.source_problem != str(error):
-                log.warning("config repo: %s", error)
-            memory.source_problem = str(error)
-            self._fetch_due = True
+            reading = done.result()
+        except ReconcileError as error:
+            self._fetch_failures += 1
+            pause_s = delay_s(
+                self._fetch_failures,
+                base_s=FETCH_AGAIN_BASE_S,
+                cap_s=FETCH_AGAIN_CAP_S,
+                jitter_fraction=0.2,
+                random_value=random.random(),
+            )
+            self._fetch_again_at = self._clock() + pause_s
+            self._source_has(str(error))
             return
-        memory.source_problem = ""
+        self._fetch_failures = 0
+        self._source_has(
+            f"history was rewritten: the config does not descend from {rewritten_from[:12]} any more, "
+            "and nothing is deleted until it does; to accept it, commit with the trailer "
+            f"'Detoserve-Accept-History: {rewritten_from}'"
+            if (rewritten_from := self._config.rewritten_from)
+            else ""
+        )
         loaded, before = reading.loaded, memory.effective
         if before is not None and before.digest == loaded.digest:
             if before.revision != loaded.revision:
@@ -213,6 +251,15 @@ class Reconciler:
             named |= memory.known or frozenset()
         memory.known = named
 
+    def _read(self, _: object) -> None:
+        self.wake()
+
+    def _source_has(self, problem: str) -> None:
+        if problem and problem != self.memory.source_problem:
+            log.warning("config repo: %s", problem)
+            self._on_source_problem(problem)
+        self.memory.source_problem = problem
+
     async def _observe(self) -> tuple[Observation | Unknown, ...]:
         async def one(backend: Backend) -> Observation | Unknown:
             try:
@@ -220,6 +267,10 @@ class Reconciler:
                     return await backend.observe()
             except TimeoutError:
                 return Unknown(backend.name, f"no answer within {OBSERVE_TIMEOUT_S:g} s")
+            except Exception as error:
+                # A defect in one backend must not take the others with it.
+                log.exception("observing %s failed", backend.name)
+                return Unknown(backend.name, f"observing failed: {type(error).__name__}")
 
         return tuple(await asyncio.gather(*map(one, self._backends.values())))
 
@@ -236,7 +287,7 @@ class Reconciler:
             confirmation=parse_confirmation(head.message) if head else None,
             parents=head.parents if head else (),
             revision=current.revision,
-            rewritten=self._config.rewritten,
+            rewritten=self._config.rewritten_from is not None,
             pending={n: Pending(f.until, f.reason) for n, f in memory.failures.items()},
         )
 
@@ -248,9 +299,13 @@ class Reconciler:
     ) -> bool:
         """True once routers can have what follows from this pass; nothing is applied before."""
         memory = self.memory
-        if not memory.routes_due:
-            return True
         try:
+            holding = lease.require().generation
+            if holding != memory.lease:
+                # Another may have published since: what is current is looked up anew.
+                memory.lease, memory.table, memory.routes_due = holding, None, True
+            if not memory.routes_due:
+                return True
             before = memory.table or await self._routes.current()
             table = compile_routes(
                 current.objects,
@@ -261,17 +316,20 @@ class Reconciler:
                 staying=memory.plan.staying,
             )
             generation = await self._routes.publish(table, lease=lease, floor=memory.generation)
-        except Fenced as error:
-            log.error("routes not published: %s", error)  # noqa: TRY400 - the message says it all
+        except (Stalled, Transient) as error:
+            if memory.routing_problem != str(error):
+                log.warning("routes not published, routers keep what they have: %s", error)
+            memory.routing_problem = str(error)
             return False
-        except Transient as error:
-            log.warning("routes not published, routers keep what they have: %s", error)
-            return False
-        for name in changed_deployments(before, table):
-            memory.changed_at[name] = generation
+        placed = {workload.deployment for workload in memory.desired.workloads.values()}
+        # After a restart nothing is known of who has what: live is then what has all of it.
+        changed = placed if memory.table is None else changed_deployments(before, table)
+        memory.changed_at |= dict.fromkeys(changed, generation)
+        memory.changed_at = {n: g for n, g in memory.changed_at.items() if n in placed}
         memory.table = table
         memory.generation = generation
         memory.routes_due = False
+        memory.routing_problem = ""
         return True
 
     async def _apply(self, made: Plan) -> None:
@@ -281,7 +339,8 @@ class Reconciler:
 
         async def one(action: Effect) -> None:
             async with limit:
-                await self._apply_one(action)
+                if self._leadership.held is not None:
+                    await self._apply_one(action)
 
         await asyncio.gather(*map(one, made.effects))
         self.wake()
@@ -295,22 +354,33 @@ class Reconciler:
         ]
         log.info("%s %s: %s", type(action).__name__.lower(), name, action.reason)
         before = memory.failures.get(name)
+        count = before.count if before else 0
         try:
             await backend.apply(action)
         except Waiting as error:
-            count = before.count if before else 0
             until = self._clock() + error.retry_after_s
             memory.failures[name] = _Failure(count, until, str(error), wanted)
+            return
         except ReconcileError as error:
-            count = (before.count if before else 0) + 1
-            base_s = 30.0 if isinstance(error, Stalled) else 1.0
-            pause_s = delay_s(
-                count, base_s=base_s, cap_s=600.0, jitter_fraction=0.2, random_value=random.random()
-            )
-            log.warning("%s: %s; next try in %.0f s", name, error, pause_s)
-            memory.failures[name] = _Failure(count, self._clock() + pause_s, str(error), wanted)
+            reason, base_s = str(error), 30.0 if isinstance(error, Stalled) else 1.0
+        except Exception as error:
+            # A defect met by one object must not keep the others from being applied.
+            log.exception("%s: applying failed", name)
+            reason, base_s = f"applying failed: {type(error).__name__}", 30.0
         else:
             memory.failures.pop(name, None)
+            return
+        pause_s = delay_s(
+            count + 1, base_s=base_s, cap_s=600.0, jitter_fraction=0.2, random_value=random.random()
+        )
+        log.warning("%s: %s; next try in %.0f s", name, reason, pause_s)
+        memory.failures[name] = _Failure(count + 1, self._clock() + pause_s, reason, wanted)
+
+    def _forget_failures(self, made: Plan) -> None:
+        """What needs no action any more has not failed."""
+        open_ = {a.name for a in made.actions if not isinstance(a, Noop) or a.held}
+        for name in self.memory.failures.keys() - open_:
+            del self.memory.failures[name]
 
     async def _release(self, observed: Sequence[Observation | Unknown]) -> None:
         beats = self._routers.alive()
@@ -319,7 +389,12 @@ class Reconciler:
         routers = {name: (beat.generation, beat.in_flight) for name, beat in beats.items()}
         free = released(observed, self.memory.generation, routers)
         if free:
-            await asyncio.gather(*(b.release(free) for b in self._backends.values()))
+            done = await asyncio.gather(
+                *(b.release(free) for b in self._backends.values()), return_exceptions=True
+            )
+            for error in done:
+                if isinstance(error, Exception):
+                    log.warning("not released yet, the drain timeout will: %s", error)
 
     def _remember(self, observed: Sequence[Observation | Unknown]) -> None:
         memory = self.memory
@@ -359,5 +434,6 @@ class Reconciler:
                 view,
                 failures,
                 memory.source_problem,
+                memory.routing_problem,
             )
         )

@@ -64,12 +64,12 @@ class StateFile:
             return State()
         objects: dict[ObjectKey, ConfigObject] = {}
         for item in stored.objects:
-            kind: Kind = msgspec.convert(item.kind, Kind)
-            key = ObjectKey(kind, item.name)
             try:
+                kind: Kind = msgspec.convert(item.kind, Kind)
+                key = ObjectKey(kind, item.name)
                 value = MODELS[kind].model_validate_json(bytes(item.value))
             except ValueError:
-                continue  # written by a version with other fields: not known any more
+                continue  # written by a version with other kinds or fields: not known any more
             location = Location(item.path, item.line, item.column)
             objects[key] = ConfigObject(key, value, location, item.digest)
         return State(objects, frozenset(stored.known), stored.generation)

@@ -22,6 +22,7 @@ from reconciler.publish.status_yaml import parse_document, render_document
 log = logging.getLogger("detoserve.reconciler")
 
 LAST_WRITE_S = 10.0
+NO_LEASE_PAUSE_S = 0.25
 
 
 def rfc3339_now() -> str:
@@ -47,7 +48,8 @@ class StatusTask:
         self._now = now
         self._world: World | None = None
         self._dirty = asyncio.Event()
-        self._written_to: StatusSink | None = None
+        self._written_to: tuple[StatusSink, int] | None = None
+        """The branch and the lease generation under which the last write was made."""
         self._documents: dict[str, Document] = {}
         self._rendered: dict[str, bytes] = {}
 
@@ -65,6 +67,10 @@ class StatusTask:
             dirty = asyncio.create_task(self._dirty.wait())
             await asyncio.wait({dirty, stopping}, return_when=asyncio.FIRST_COMPLETED)
             dirty.cancel()
+            if self._leadership.held is None:
+                # What nobody may write now is written when this reconciler leads again.
+                await asyncio.wait({stopping}, timeout=NO_LEASE_PAUSE_S)
+                continue
             self._dirty.clear()
             try:
                 await self.write()
@@ -99,9 +105,11 @@ class StatusTask:
         world, lease = self._world, self._leadership.held
         if world is None or lease is None:
             return None
-        sink = self._sink()
-        if sink is not self._written_to:
+        sink, generation = self._sink(), lease.require().generation
+        if self._written_to != (sink, generation):
+            # Another may have written since.
             await self._take_up(sink)
+            self._written_to = (sink, generation)
         before = self._documents
         made = documents(world, before, self._now())
         if made == before:
@@ -129,7 +137,7 @@ class StatusTask:
             document: Any = parse_document(data)
             if isinstance(document, dict):
                 documents[path] = document
-        self._documents, self._rendered, self._written_to = documents, dict(stored), sink
+        self._documents, self._rendered = documents, dict(stored)
 
 
 def _plan_digest(world: World) -> str:

@@ -64,10 +64,15 @@ class Assembly:
     """All parts of one reconciler; `run` is the whole of its life."""
 
     def __init__(
-        self, settings: ReconcilerSettings, *, on_world: Callable[[World], None] = lambda _: None
+        self,
+        settings: ReconcilerSettings,
+        *,
+        on_world: Callable[[World], None] = lambda _: None,
+        on_source_problem: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._on_world = on_world
+        self._on_source_problem = on_source_problem
         settings.state_dir.mkdir(parents=True, exist_ok=True)
         self._key = signing_key.load_or_create(settings.state_dir / "routes-signing-key.pem")
         self.public_key = public_key_hex(self._key)
@@ -90,6 +95,7 @@ class Assembly:
         async with AsyncExitStack() as stack:
             redis = connect(settings.redis_url)
             stack.push_async_callback(redis.aclose)
+            ttl_s = settings.lease_ttl_s
             me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
             routes = RoutesPublisher(redis, self._key, settings.state_dir / "routes.table")
             routers = RouterWatch(redis, self._wake)
@@ -113,7 +119,7 @@ class Assembly:
                 return branches[name]
 
             leadership = LeaseLeadership(
-                Leaser(redis, me, ttl_s=settings.lease_ttl_s),
+                Leaser(redis, me, ttl_s=ttl_s, timeout_s=min(2.0, ttl_s / 2)),
                 floor=lambda: max(
                     [routes.newest_lease, *(b.newest_lease for b in branches.values())]
                 ),
@@ -138,6 +144,7 @@ class Assembly:
                 leadership=leadership,
                 state_file=StateFile(settings.state_dir / "last-good.json"),
                 on_world=on_world,
+                on_source_problem=self._on_source_problem,
             )
             loop.restore()
             with contextlib.suppress(Transient):
@@ -200,11 +207,14 @@ async def _live(
 
 async def _keep_current(routes: RoutesPublisher, leadership: LeaseLeadership) -> None:
     """Re-signs the table's freshness while the lease is ours, until cancelled."""
+    said = ""
     while True:
         held = leadership.held
         if held is not None:
             try:
                 await routes.keep_current(held)
             except (Fenced, Stalled) as error:
-                log.warning("routes are not kept fresh: %s", error)
+                if said != str(error):
+                    log.warning("routes are not kept fresh: %s", error)
+                said = str(error)
         await asyncio.sleep(KEEP_CURRENT_PAUSE_S)
