@@ -97,3 +97,15 @@ def main() -> None:
     except ReconcileError as error:
         complain(str(error))
         sys.exit(UNASKABLE)
+    except BaseExceptionGroup as group:
+        known, defects = group.split(ReconcileError)
+        if known is None or defects is not None:
+            raise
+        complain(str(_first(known)))
+        sys.exit(UNASKABLE)
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -26,7 +26,10 @@ HEALTHY_AFTER_S: Final = 30.0
 
 
 class Child:
-    """One supervised process. `argv[0]` is a path; `on_line` gets each line it prints."""
+    """One supervised process. `argv[0]` is a path.
+
+    `on_line` gets each line it prints; `on_failure` gets told, for people, when it ended by itself.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,14 @@ class Child:
         state_dir: Path,
         env: Mapping[str, str],
         on_line: Callable[[str], None],
+        on_failure: Callable[[str], None],
         stop_timeout_s: float = 15.0,
     ) -> None:
         self.name = name
         self._argv = list(argv)
         self._env = dict(env)
         self._on_line = on_line
+        self._on_failure = on_failure
         self._stop_timeout_s = stop_timeout_s
         self._log_path = state_dir / "logs" / f"{name}.log"
         self._pid_path = state_dir / "up" / f"{name}.pid"
@@ -70,12 +75,9 @@ class Child:
                     jitter_fraction=0.2,
                     random_value=random.random(),
                 )
-                log.warning(
-                    "%s ended with %s; started again in %.1f s (its log: %s)",
-                    self.name,
-                    code,
-                    pause_s,
-                    self._log_path,
+                self._on_failure(
+                    f"{self.name} ended with exit code {code}; started again in {pause_s:.1f} s "
+                    f"(its log: {self._log_path})"
                 )
                 await asyncio.sleep(pause_s)
         finally:

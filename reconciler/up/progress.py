@@ -132,8 +132,6 @@ class TextScreen:
             self._revision = world.effective.revision
             self._line("→", f"config at {self._revision[:12]}", "cyan")
         problems = tuple(str(p) for p in world.effective.problems) + world.plan.refusals
-        if world.source_problem:
-            problems += (world.source_problem,)
         for problem in problems:
             if problem not in self._problems:
                 self.warn(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import hashlib
 import json
@@ -75,6 +76,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
         state_dir = settings.state_dir.resolve()
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         stack.enter_context(_only_one(state_dir))
+        port = _port(settings, screen)
         repo = open_or_create(settings.config.resolve())
         path = settings.path
         if path is None:
@@ -112,9 +114,9 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
                 owner=owner,
             ),
             on_world=on_world,
+            on_source_problem=screen.warn,
         )
         router = _Router()
-        port = settings.port if settings.port is not None else _default_port(settings.host, screen)
         child = Child(
             "router",
             [
@@ -126,6 +128,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             state_dir=state_dir,
             env=dict(os.environ),
             on_line=router.on_line,
+            on_failure=screen.warn,
         )
         async with asyncio.TaskGroup() as group:
             routing = group.create_task(child.run())
@@ -242,15 +245,31 @@ async def _reaper(state_dir: Path, owner: str) -> AsyncIterator[None]:
             await process.wait()
 
 
-def _default_port(host: str, screen: Screen) -> int:
-    with socket.socket() as probe:
+def _port(settings: UpSettings, screen: Screen) -> int:
+    """The router's port; 0 for a free one.
+
+    Raises:
+        Stalled: the port asked for, or the address, cannot be had.
+    """
+    port = DEFAULT_PORT if settings.port is None else settings.port
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, DEFAULT_PORT))
-        except OSError:
-            screen.warn(f"port {DEFAULT_PORT} is taken by {_who(DEFAULT_PORT)}; using a free one")
+            probe.bind((settings.host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise Stalled(
+                    f"cannot listen on {settings.host} port {port}: {error.strerror or error}; "
+                    "give another --host or --port"
+                ) from None
+            if settings.port is not None:
+                raise Stalled(
+                    f"port {port} is taken by {_who(port)}; give another --port, or none"
+                ) from None
+            screen.warn(f"port {port} is taken by {_who(port)}; using a free one")
             return 0
-    return DEFAULT_PORT
+    return port
 
 
 def _who(port: int) -> str:
