@@ -28,6 +28,7 @@ _ACCEPTED: Final = "refs/detoserve/accepted"
 _LOST: Final = "detoserve.lost"
 """Setting of a mirror made anew: the accepted revision that it no longer finds."""
 _FETCHES_PER_PACK: Final = 100
+_PACK_SETTINGS: Final = ("gc.auto=1000", "gc.autoPackLimit=50", "gc.autoDetach=false")
 _NO_BRANCH: Final = re.compile(r"couldn't find remote ref", re.IGNORECASE)
 _CANNOT_BE_USED: Final = re.compile(
     r"fsck error|transport '[^']*' not allowed|does not appear to be a git repository"
@@ -113,10 +114,13 @@ class GitMirror:
                     self._run(fresh, "update-ref", _ACCEPTED, accepted)
                 except GitFailed:
                     self._run(fresh, "config", "--local", _LOST, accepted)
-        except GitFailed as error:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            else:
+                self.path.unlink(missing_ok=True)
+            fresh.rename(self.path)
+        except (GitFailed, OSError) as error:
             raise SourceUnreachable(f"no mirror can be made: {error}") from None
-        shutil.rmtree(self.path, ignore_errors=True)
-        fresh.rename(self.path)
 
     def accepted(self) -> str | None:
         """The newest revision whose history was accepted; None before the first."""
@@ -239,7 +243,7 @@ class GitMirror:
                 self.path,
                 *("gc", "--auto", "--quiet"),
                 timeout_s=self._timeout_s,
-                settings=("gc.auto=1000", "gc.autoDetach=false"),
+                settings=_PACK_SETTINGS,
             )
         except GitFailed as error:
             log.warning("the mirror of the config repo is not packed: %s", error)

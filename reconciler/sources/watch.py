@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -40,13 +40,18 @@ def local_git_dir(remote: str) -> Path | None:
 
 
 def moves_a_branch(branch: str, git_dir: Path) -> Callable[[Change, str], bool]:
-    """Which file events can mean that the branch moved. Lock files and other branches do not."""
-    ref = str(git_dir / "refs" / "heads" / branch)
-    packed = str(git_dir / "packed-refs")
+    """Which file events can mean that the branch moved. Lock files and other branches do not.
+
+    A new folder on the way to the branch does: what came into it before it was watched is not told.
+    """
+    heads = git_dir / "refs" / "heads"
+    ref = heads / branch
+    exact = {str(ref), str(git_dir / "packed-refs")}
+    exact.update(str(folder) for folder in ref.parents if heads in folder.parents)
     tables = str(git_dir / "reftable")
 
     def matters(_: Change, path: str) -> bool:
-        return path in {ref, packed} or path.startswith(tables)
+        return path in exact or path.startswith(tables)
 
     return matters
 
@@ -85,25 +90,26 @@ async def _follow(
 ) -> None:
     """Watches one folder; takes it up again after it was replaced or could not be watched."""
     said = ""
+    gone = (Change.deleted, str(path))
     while True:
         certain = False
         try:
             folder = _identity(path)
             async for changes in awatch(
                 path,
-                watch_filter=matters,
+                watch_filter=lambda *event: event == gone or matters(*event),
                 debounce=_DEBOUNCE_MS,
                 step=_STEP_MS,
                 rust_timeout=_CHECK_MS,
                 yield_on_timeout=True,
                 recursive=recursive,
             ):
-                if _identity(path) != folder:
+                if gone in changes or _identity(path) != folder:
                     break
                 if changes or not certain:
-                    # The first time also without a change: one may have come before the watch.
+                    # Before it is certain also without a change: one may have come before the watch.
                     notify()
-                certain = True
+                certain = not _has_folder(where for _, where in changes)
         except (OSError, RuntimeError) as error:
             if said != str(error):
                 log.warning("cannot watch %s, polling alone: %s", path, error)
@@ -111,7 +117,11 @@ async def _follow(
         await asyncio.sleep(_LOST_PAUSE_S)
 
 
+def _has_folder(paths: Iterable[str]) -> bool:
+    return any(Path(path).is_dir() for path in paths)
+
+
 def _identity(path: Path) -> tuple[int, int]:
-    """A folder removed and made again under its name is another, of which a watch sees nothing."""
+    """Another folder moved here under the same name is one of which the watch sees nothing."""
     status = path.stat()
     return status.st_dev, status.st_ino

@@ -42,7 +42,7 @@ def _same(sent: str, expected: str) -> bool:
 
 
 def webhook_app(
-    secret: str, notify: Callable[[], None], *, body_timeout_s: float = BODY_TIMEOUT_S
+    secret: str, notify: Callable[[], None], *, body_timeout_s: float
 ) -> web.Application:
     """`POST /webhook`: 202 when signed, 401 when not, 408 when too slow, 413 when too large."""
 
@@ -64,14 +64,21 @@ def webhook_app(
 
 @asynccontextmanager
 async def serve_webhook(
-    host: str, port: int, secret: str, notify: Callable[[], None]
+    host: str,
+    port: int,
+    secret: str,
+    notify: Callable[[], None],
+    *,
+    body_timeout_s: float = BODY_TIMEOUT_S,
 ) -> AsyncIterator[str]:
     """Listens while the context lasts; gives the URL.
 
     Raises:
         OSError: the port is taken.
     """
-    runner = web.AppRunner(webhook_app(secret, notify), access_log=None)
+    app = webhook_app(secret, notify, body_timeout_s=body_timeout_s)
+    # Who sends too slowly is not waited for, neither to the end of the body nor when we stop.
+    runner = web.AppRunner(app, access_log=None, lingering_time=0.5, shutdown_timeout=0.5)
     await runner.setup()
     try:
         site = web.TCPSite(runner, host, port)
