@@ -43,7 +43,9 @@ from tests.git_repo import GitRepo, git
 PUSHES: Final = 50
 ENGINE_STARTS: Final = 5
 DEADLINE_S: Final = 30.0
-LOADED: Final = re.compile(r"^(\S+ \S+) detoserve.reconciler INFO config ([0-9a-f]{12}):", re.M)
+LOADED: Final = re.compile(
+    r"^(\S+ \S+) detoserve.reconciler INFO config ([0-9a-f]{12}):", re.MULTILINE
+)
 
 
 @contextlib.contextmanager
@@ -109,7 +111,7 @@ class Bench:
         self.clone = GitRepo(folder / "clone")
         self.bare = folder / "config.git"
 
-    def start_files(self, engine_url: str) -> dict[str, str]:
+    def start_files(self, engine_url: str) -> dict[str, str | bytes | None]:
         key = f'  keys: [{{id: {self.key.id}, sha256: "{self.key.sha256}"}}]\n'
         elsewhere = f"type: external, endpoints: [{{url: '{engine_url}', function: chat}}]"
         # Nothing but the watch may tell of a push.
@@ -124,7 +126,9 @@ class Bench:
             "deployments/chat.yaml": config_text.deployment(placement="cluster: elsewhere"),
         }
 
-    def push(self, files: Mapping[str, str | None], message: str) -> tuple[str, float, float]:
+    def push(
+        self, files: Mapping[str, str | bytes | None], message: str
+    ) -> tuple[str, float, float]:
         """(revision, just before the push, when it returned)."""
         revision = self.clone.commit(files, message)
         before = time.time()
@@ -176,7 +180,7 @@ class Bench:
     def engine(self, number: int, client: Client) -> float:
         """Seconds from a push to the first token of the engine that it asks for."""
         name = f"new-{number}"
-        files: dict[str, str | None] = {
+        files: dict[str, str | bytes | None] = {
             f"functions/{name}.yaml": config_text.function(
                 name, more="  readiness: {interval: 1s}\n"
             ),
@@ -225,7 +229,7 @@ def measure(bench: Bench, redis_url: str) -> None:
     errors = bench.folder / "stderr.txt"
     python = [sys.executable, "-m", "agent.simulated", "--port", "0", "--served-model-name", "chat"]
     with process(*python, stderr=errors) as (_, engine_line):
-        bench.clone.commit({k: v for k, v in bench.start_files(engine_line()["url"]).items()})
+        bench.clone.commit(bench.start_files(engine_line()["url"]))
         bench.clone.bare_clone(bench.bare)
         reconcile = ["reconcile", str(bench.bare), "--redis-url", redis_url]
         reconcile += ["--state-dir", str(bench.state)]
