@@ -462,7 +462,10 @@ class Proxy:
         except UpstreamFailed as error:
             self._blame(candidate.id, error)
             record.outcome = "timeout" if isinstance(error, UpstreamTimeout) else "interrupted"
-            return SENT_AND_CLOSE
+            # A stream that ended with an error event is complete; to close its connection would
+            # break the request that the client may be sending on it already.
+            if not relay.complete:
+                return SENT_AND_CLOSE
         finally:
             client.relay = None
         return SENT if keep and framing != "close" else SENT_AND_CLOSE
