@@ -138,8 +138,9 @@ def test_a_shallow_clone_can_be_read(repo, tmp_path):
     assert list(source.earlier_versions("f.yaml")) == []
 
 
-def test_files_are_read_in_batches(repo, open_source):
-    large = {f"b/{n}.bin": os.urandom(2 * 1024 * 1024) for n in range(6)}
+def test_files_are_read_in_batches(repo, open_source, monkeypatch):
+    monkeypatch.setattr("reconciler.sources.git_source._READ_AT_ONCE_BYTES", 5000)
+    large = {f"b/{n}.bin": os.urandom(2000) for n in range(7)}
     repo.commit(large | {"b/empty.yaml": ""})
     source = open_source(path="b")
     assert contents(source, source.fetch()) == large | {"b/empty.yaml": b""}
