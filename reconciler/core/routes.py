@@ -166,7 +166,7 @@ def _add_staying(
                         there = o.workloads.get(name)
                         if there is not None:
                             arms.add(f.name, replace(arm, replicas=_replicas(there)))
-            elif new is not None and place not in wanted and backends.get(arm.cluster) in unknown:
+            elif place not in wanted and backends.get(arm.cluster) in unknown:
                 arms.add(f.name, arm)
 
 
