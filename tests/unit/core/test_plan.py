@@ -258,7 +258,7 @@ def test_a_deployment_that_fits_nowhere_keeps_running_where_it_is():
 
 @pytest.mark.parametrize("to", ["d", "x"])
 def test_a_move_deletes_the_old_place_once_the_new_one_can_take_over(to):
-    clusters = (*BASE, external("x", ["f"]))
+    clusters = (*BASE, external("x", ["f", "f"]))
     old = desired_of(*clusters, deployment("a", replicas=3)).workloads["a--c"]
     desired = desired_of(*clusters, deployment("a", at=to, replicas=2))
     new = desired.workloads[f"a--{to}"]
@@ -289,7 +289,7 @@ def test_a_move_does_not_wait_for_what_nobody_would_miss(suspend):
 
 
 def test_a_move_to_where_nobody_answers_waits():
-    clusters = (*BASE, external("x", ["f"]))
+    clusters = (*BASE, external("x", ["f", "f"]))
     old = desired_of(*clusters, deployment("a")).workloads["a--c"]
     desired = desired_of(*clusters, deployment("a", at="x"))
     for world in ([Unknown("external", "down")], []):
