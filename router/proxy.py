@@ -170,6 +170,10 @@ class Proxy:
             raise Refused(refusal)
         body = await self._read(request, headers)
         record.request_bytes = len(body)
+        if endpoint.stored:
+            return await self._ask_keeper(
+                request, endpoint, record, snapshot, headers, principal, body
+            )
         try:
             if endpoint.multipart:
                 model, span = read_form(body, headers.content_type.decode("latin-1"))
@@ -219,6 +223,43 @@ class Proxy:
             except Refused as refused:
                 if not functions or refused.refusal.code not in _FALL_BACK_ON:
                     raise
+
+    async def _ask_keeper(
+        self,
+        request: web.BaseRequest,
+        endpoint: Endpoint,
+        record: RequestRecord,
+        snapshot: Snapshot,
+        headers: ClientHeaders,
+        principal: Principal,
+        body: bytes,
+    ) -> web.StreamResponse:
+        """Passes on a request about something that an engine keeps for this tenant alone."""
+        keepers = [
+            (function, candidate)
+            for function in snapshot.models(principal.tenant)
+            if _answers(function, endpoint)
+            for candidate in snapshot.candidates(function, principal.tenant)
+            if candidate.dedicated
+        ]
+        if len(keepers) != 1:
+            raise Refused(errors.nothing_stored(request.raw_path.partition("?")[0][:300]))
+        function, keeper = keepers[0]
+        record.function = function.name
+        return await self._attempt(
+            _Call(
+                request=request,
+                client=cast("ClientConnection", request.protocol),
+                endpoint=endpoint,
+                headers=headers,
+                snapshot=snapshot,
+                function=function,
+                candidates=(keeper,),
+                body=body,
+                record=record,
+                has_fallback=False,
+            )
+        )
 
     async def _read(self, request: web.BaseRequest, headers: ClientHeaders) -> bytes:
         """The whole body, decoded.
@@ -397,7 +438,8 @@ class Proxy:
     def _head(self, call: _Call, candidate: Candidate) -> bytes:
         return b"".join(
             (
-                b"POST ",
+                call.request.method.encode("ascii"),
+                b" ",
                 candidate.base_path.encode(),
                 call.request.raw_path.encode("utf-8", "surrogateescape"),
                 b" HTTP/1.1\r\nHost: ",

@@ -16,7 +16,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core import errors
-from router.core.api import MODEL_PREFIX, OWN, PASSED
+from router.core.api import MODEL_PREFIX, OWN, PASSED, stored
 from router.core.errors import Refused
 from router.core.pick import effective_policy
 from router.metrics import Metrics
@@ -83,7 +83,9 @@ class Api:
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
         endpoint = PASSED.get(path)
-        if endpoint is not None and request.method == "POST":
+        if endpoint is None or request.method != "POST":
+            endpoint = stored(request.method, path)
+        if endpoint is not None:
             return await self._proxy.serve(request, endpoint)
         record = self._proxy.record(request, "")
         try:

@@ -6,6 +6,7 @@ is to be reached through the router. Not here: what happens to a request (proxy)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -21,7 +22,8 @@ class Endpoint:
     """`gen_ai.operation.name` in metrics."""
     multipart: bool = False
     """The body is multipart/form-data and its `model` is a form field."""
-    model_required: bool = True
+    stored: bool = False
+    """About something an engine keeps, and without a model's name: see `stored`."""
 
 
 _ENDPOINTS: Final = (
@@ -41,6 +43,58 @@ _ENDPOINTS: Final = (
     Endpoint("/v1/messages", "messages", "messages"),
     Endpoint("/v1/messages/count_tokens", "messages", "count_tokens"),
 )
+
+_ID: Final = r"\w[\w.:-]{0,199}"
+_STORED: Final = tuple(
+    (
+        frozenset(methods.split()),
+        re.compile(path, re.ASCII),
+        Endpoint(name, task, task, stored=True),
+    )
+    for methods, path, name, task in (
+        ("GET", r"/v1/chat/completions", "/v1/chat/completions", "chat"),
+        (
+            "GET POST DELETE",
+            rf"/v1/chat/completions/{_ID}",
+            "/v1/chat/completions/{completion_id}",
+            "chat",
+        ),
+        (
+            "GET",
+            rf"/v1/chat/completions/{_ID}/messages",
+            "/v1/chat/completions/{completion_id}/messages",
+            "chat",
+        ),
+        (
+            "POST",
+            r"/v1/responses/(?:input_tokens|compact)",
+            "/v1/responses/input_tokens",
+            "responses",
+        ),
+        ("GET DELETE", rf"/v1/responses/{_ID}", "/v1/responses/{response_id}", "responses"),
+        ("POST", rf"/v1/responses/{_ID}/cancel", "/v1/responses/{response_id}/cancel", "responses"),
+        (
+            "GET",
+            rf"/v1/responses/{_ID}/input_items",
+            "/v1/responses/{response_id}/input_items",
+            "responses",
+        ),
+        ("DELETE", rf"/v1/models/{_ID}", "/v1/models/{model}", "chat"),
+    )
+)
+
+
+def stored(method: str, path: str) -> Endpoint | None:
+    """The endpoint of a request about something that an engine keeps, such as a stored response.
+
+    Such requests name no model, and an engine shows what it keeps to whoever asks. They are passed
+    on only where it is clear to whom: to a replica that serves this one tenant.
+    """
+    for methods, pattern, endpoint in _STORED:
+        if method in methods and pattern.fullmatch(path):
+            return endpoint
+    return None
+
 
 PASSED: Final[dict[str, Endpoint]] = {endpoint.path: endpoint for endpoint in _ENDPOINTS}
 """Path -> endpoint; all of them take POST."""

@@ -122,6 +122,16 @@ def task_not_supported(model: str, path: str) -> Refusal:
     )
 
 
+def nothing_stored(path: str) -> Refusal:
+    return Refusal(
+        404,
+        f"Nothing is stored for you at {path}. What engines store can be reached where exactly one "
+        "replica serves your account alone.",
+        "invalid_request_error",
+        "not_found",
+    )
+
+
 def unknown_url(method: str, path: str) -> Refusal:
     return Refusal(
         404,

@@ -37,6 +37,8 @@ class Candidate:
     host_header: bytes
     route_header: bytes
     """`x-detoserve-route: <id>;g=<generation>;d=`, to which a decision id is added."""
+    dedicated: bool
+    """Its arm is for one tenant alone."""
     cidrs: tuple[str, ...]
     """Networks the endpoint may be in; empty: any but link-local and metadata addresses."""
 
@@ -94,6 +96,7 @@ def _candidate(
         base_path=url.path.rstrip("/"),
         host_header=(f"{host}:{port}" if port else host).encode(),
         route_header=f"x-detoserve-route: {shown};g={generation};d=".encode(),
+        dedicated=len(arm.tenants) == 1,
         cidrs=cidrs,
     )
 

@@ -192,7 +192,10 @@ async def test_a_foreign_model_looks_unknown_byte_for_byte(tmp_path):
         (post(CHAT, path="/v1/../v1/chat/completions"), 404, "unknown_url"),
         (post(CHAT, path="/invocations"), 404, "unknown_url"),
         (post(CHAT, path="/health"), 405, "method_not_allowed"),
-        (post(CHAT).replace(b"POST", b"GET", 1), 405, "method_not_allowed"),
+        (post(CHAT).replace(b"POST", b"PUT", 1), 405, "method_not_allowed"),
+        (post(b"").replace(b"POST", b"GET", 1), 404, "not_found"),
+        (post(b"", path="/v1/responses/resp_1").replace(b"POST", b"GET", 1), 404, "not_found"),
+        (post(b"", path="/v1/responses/..").replace(b"POST", b"GET", 1), 404, "unknown_url"),
         (post(CHAT, path="/v1/embeddings"), 400, "unsupported_endpoint"),
     ],
 )
@@ -413,3 +416,40 @@ async def test_a_replica_takes_no_more_than_it_says_it_can(tmp_path):
             release.set()
             assert all(b" 200 " in answer for answer in await asyncio.gather(*running))
             router.assert_idle()
+
+
+async def test_what_an_engine_stores_is_reached_where_it_serves_one_tenant_alone(tmp_path):
+    async with fake_engine() as own, fake_engine() as shared:
+        arms = tuple(
+            Arm(
+                deployment=name,
+                cluster="here",
+                tenants=tenants,
+                replicas=(Replica(id=name, url=engine.url),),
+            )
+            for name, engine, tenants in (("own", own, ("team",)), ("shared", shared, ()))
+        )
+        table = routing_table(function(arms=arms))
+        async with running_router(table, tmp_path, probe_interval_s=0) as router:
+            for method, path in (
+                ("GET", "/v1/responses/resp_1?include=a"),
+                ("DELETE", "/v1/responses/resp_1"),
+                ("POST", "/v1/responses/resp_1/cancel"),
+                ("GET", "/v1/chat/completions/c-1/messages"),
+            ):
+                request = post(b"", path=path).replace(b"POST", method.encode(), 1)
+                assert b" 200 " in await raw(router.port, request)
+                assert own.received[-1].line == f"{method} {path} HTTP/1.1".encode()
+            assert shared.received == []
+            # Two tenants on one engine: neither may look.
+            both = Arm(
+                deployment="own",
+                cluster="here",
+                tenants=("other", "team"),
+                replicas=(Replica(id="own", url=own.url),),
+            )
+            router.install(routing_table(function(arms=(both,)), generation=2))
+            answer = await raw(
+                router.port, post(b"", path="/v1/responses/resp_1").replace(b"POST", b"GET", 1)
+            )
+            assert b" 404 " in answer
