@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from router.core.api import PASSED, Endpoint
+from router.core.api import PASSED, STORED, Endpoint
 
 _ERROR_RESPONSES = {
     "400": "The body is not what the endpoint takes.",
@@ -22,6 +22,9 @@ _ERROR_RESPONSES = {
     "503": "No replica can take the request now; Retry-After says when to come again.",
     "504": "The engine did not begin its answer in time.",
 }
+
+
+_PLAIN = str.maketrans({"/": "_", "{": "", "}": ""})
 
 
 def _errors(*statuses: str) -> dict[str, Any]:
@@ -67,6 +70,22 @@ def _passed(endpoint: Endpoint) -> dict[str, Any]:
     }
 
 
+def _stored(method: str, endpoint: Endpoint) -> dict[str, Any]:
+    names = [part[1:-1] for part in endpoint.path.split("/") if part.startswith("{")]
+    return {
+        "operationId": f"{method.lower()}_{endpoint.path.strip('/').translate(_PLAIN)}",
+        "summary": "Passed to the one replica that serves this account alone, if there is one.",
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in names
+        ],
+        "responses": {
+            "200": {"description": "The engine's answer, unchanged."},
+            **_errors("401", "403", "404", "500", "502", "503", "504"),
+        },
+    }
+
+
 def _own(operation: str, summary: str, *, key: bool, **extra: Any) -> dict[str, Any]:
     return {
         "get": {
@@ -103,6 +122,9 @@ def document() -> dict[str, Any]:
         ],
         responses=_errors("401", "403", "404", "503"),
     )
+    for methods, endpoint in STORED:
+        for method in sorted(methods):
+            paths.setdefault(endpoint.path, {})[method.lower()] = _stored(method, endpoint)
     paths["/health"] = _own("health", "The process lives.", key=False)
     paths["/ready"] = _own(
         "ready",

@@ -48,40 +48,23 @@ _ID: Final = r"\w[\w.:-]{0,199}"
 _STORED: Final = tuple(
     (
         frozenset(methods.split()),
-        re.compile(path, re.ASCII),
-        Endpoint(name, task, task, stored=True),
+        re.compile(re.sub(r"\\{\w+\\}", lambda _: _ID, re.escape(path)), re.ASCII),
+        Endpoint(path, task, operation, stored=True),
     )
-    for methods, path, name, task in (
-        ("GET", r"/v1/chat/completions", "/v1/chat/completions", "chat"),
-        (
-            "GET POST DELETE",
-            rf"/v1/chat/completions/{_ID}",
-            "/v1/chat/completions/{completion_id}",
-            "chat",
-        ),
-        (
-            "GET",
-            rf"/v1/chat/completions/{_ID}/messages",
-            "/v1/chat/completions/{completion_id}/messages",
-            "chat",
-        ),
-        (
-            "POST",
-            r"/v1/responses/(?:input_tokens|compact)",
-            "/v1/responses/input_tokens",
-            "responses",
-        ),
-        ("GET DELETE", rf"/v1/responses/{_ID}", "/v1/responses/{response_id}", "responses"),
-        ("POST", rf"/v1/responses/{_ID}/cancel", "/v1/responses/{response_id}/cancel", "responses"),
-        (
-            "GET",
-            rf"/v1/responses/{_ID}/input_items",
-            "/v1/responses/{response_id}/input_items",
-            "responses",
-        ),
-        ("DELETE", rf"/v1/models/{_ID}", "/v1/models/{model}", "chat"),
+    for methods, path, task, operation in (
+        ("GET", "/v1/chat/completions", "chat", "stored_chats"),
+        ("GET POST DELETE", "/v1/chat/completions/{completion_id}", "chat", "stored_chat"),
+        ("GET", "/v1/chat/completions/{completion_id}/messages", "chat", "stored_chat"),
+        ("GET DELETE", "/v1/responses/{response_id}", "responses", "stored_response"),
+        ("POST", "/v1/responses/{response_id}/cancel", "responses", "stored_response"),
+        ("GET", "/v1/responses/{response_id}/input_items", "responses", "stored_response"),
+        ("POST", "/v1/responses/input_tokens", "responses", "input_tokens"),
+        ("POST", "/v1/responses/compact", "responses", "compact"),
+        ("DELETE", "/v1/models/{model}", "chat", "delete_model"),
     )
 )
+STORED: Final = tuple((methods, endpoint) for methods, _, endpoint in _STORED)
+"""Methods and endpoints of what `stored` finds."""
 
 
 def stored(method: str, path: str) -> Endpoint | None:

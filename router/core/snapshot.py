@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from schemas.wire.routing import Arm, Function, Key, Replica, RoutingTable, Tenant
 
+_API_PATH: Final = re.compile(r"(?:/[\w.~-]+)*/?", re.ASCII)
 _UNFIT_FOR_A_HEADER: Final = re.compile(r"[^\w.:/@+-]", re.ASCII)
 
 
@@ -34,6 +35,8 @@ class Candidate:
     port: int
     base_path: str
     """Of the engine's URL, without a slash at the end."""
+    api_path: str
+    """What it has in place of `/v1`."""
     host_header: bytes
     route_header: bytes
     """`x-detoserve-route: <id>;g=<generation>;d=`, to which a decision id is added."""
@@ -79,6 +82,8 @@ def _candidate(
         raise UnusableReplica(
             f"replica {replica.id!r}: its URL must be http(s)://host[:port][/base/path]"
         )
+    if not _API_PATH.fullmatch(replica.api_path):
+        raise UnusableReplica(f"replica {replica.id!r}: api_path must be like /v1, or empty")
     tls = url.scheme == "https"
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
     shown = _UNFIT_FOR_A_HEADER.sub("_", replica.id)
@@ -94,6 +99,7 @@ def _candidate(
         host=url.hostname,
         port=port or (443 if tls else 80),
         base_path=url.path.rstrip("/"),
+        api_path=replica.api_path.rstrip("/"),
         host_header=(f"{host}:{port}" if port else host).encode(),
         route_header=f"x-detoserve-route: {shown};g={generation};d=".encode(),
         dedicated=len(arm.tenants) == 1,
