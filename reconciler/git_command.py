@@ -18,6 +18,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import unquote
 
 _SETTINGS: Final = (
     "core.hooksPath=/dev/null",
@@ -49,6 +50,10 @@ _CREDENTIALS_REFUSED: Final = re.compile(
     r"|invalid (?:username|credentials)|returned error: 40[13]|host key verification failed"
 )
 _MESSAGE_CAP: Final = 600
+_HELPER: Final = (
+    '!f() { test "$1" = get && '
+    'printf "username=%s\\npassword=%s\\n" "$DETOSERVE_GIT_USERNAME" "$DETOSERVE_GIT_PASSWORD"; }; f'
+)
 
 
 class GitFailed(Exception):
@@ -99,6 +104,22 @@ def protocol_of(remote: str) -> str:
         )
     # As git tells them apart: a colon before any slash makes it [user@]host:path.
     return "ssh" if ":" in remote.split("/", 1)[0] else "file"
+
+
+def hide_credentials(args: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Arguments without the user and password of an http(s) URL, and settings and environment instead.
+
+    Every user of the machine can read a process's arguments, but only its own user its environment.
+    """
+    bare, env = list(args), {}
+    for index, arg in enumerate(args):
+        if match := re.fullmatch(r"(https?://)([^/@:]*):([^/@]*)@(.*)", arg, re.DOTALL):
+            bare[index] = match[1] + match[4]
+            env = {
+                "DETOSERVE_GIT_USERNAME": unquote(match[2]),
+                "DETOSERVE_GIT_PASSWORD": unquote(match[3]),
+            }
+    return bare, ["credential.helper=", f"credential.helper={_HELPER}"] if env else [], env
 
 
 def environment(
@@ -193,12 +214,13 @@ def run_git_blocking(
         GitFailed: for any exit code but 0.
         GitTimeout: when it took too long.
     """
+    bare, helper, credentials = hide_credentials(args)
     with subprocess.Popen(
-        command(git_dir, args, settings),
+        command(git_dir, bare, (*settings, *helper)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment(os.environ, protocol=protocol, extra=env),
+        env=environment(os.environ, protocol=protocol, extra={**(env or {}), **credentials}),
         # Without a terminal nothing below git (ssh, credential helpers) can ask one either.
         start_new_session=True,
     ) as process:

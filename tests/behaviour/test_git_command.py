@@ -11,6 +11,7 @@ from reconciler.git_command import (
     GitFailed,
     GitTimeout,
     environment,
+    hide_credentials,
     protocol_of,
     redact,
     run_git,
@@ -137,3 +138,13 @@ async def test_a_hanging_git_and_its_children_are_killed(
 )
 def test_refused_credentials_are_told_from_an_outage(said: str, refused: bool) -> None:
     assert GitFailed(["fetch"], 128, b"", said.encode()).credentials_refused == refused
+
+
+def test_the_password_in_a_url_is_in_no_argument() -> None:
+    args = ("fetch", "--", "https://al%40ice:pa%2Fss@host/x.git", "+refs/heads/main:refs/x")
+    bare, settings, env = hide_credentials(args)
+    assert bare == ["fetch", "--", "https://host/x.git", "+refs/heads/main:refs/x"]
+    assert not [text for text in (*bare, *settings) if "pa/ss" in text or "pa%2Fss" in text]
+    assert env == {"DETOSERVE_GIT_USERNAME": "al@ice", "DETOSERVE_GIT_PASSWORD": "pa/ss"}
+    for plain in ("https://alice@host/x.git", "git@host:x.git", "/srv/a:b@c"):
+        assert hide_credentials([plain]) == ([plain], [], {})
