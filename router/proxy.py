@@ -436,12 +436,15 @@ class Proxy:
                 raise
 
     def _head(self, call: _Call, candidate: Candidate) -> bytes:
+        path = call.request.raw_path
+        if candidate.api_path != "/v1" and path.startswith("/v1/"):
+            path = candidate.api_path + path[3:]
         return b"".join(
             (
                 call.request.method.encode("ascii"),
                 b" ",
                 candidate.base_path.encode(),
-                call.request.raw_path.encode("utf-8", "surrogateescape"),
+                path.encode("utf-8", "surrogateescape"),
                 b" HTTP/1.1\r\nHost: ",
                 candidate.host_header,
                 b"\r\nContent-Length: %d\r\nX-Request-Id: " % len(call.body),

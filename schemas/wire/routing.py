@@ -26,6 +26,8 @@ class Replica(Record, frozen=True, kw_only=True):
     id: str
     url: str
     """Base of its OpenAI API, without `/v1`; may have a path of its own."""
+    api_path: str = "/v1"
+    """What its paths have where the OpenAI API has `/v1`; may be empty."""
     state: ReplicaState = "ready"
     """draining: finish what it has, send it nothing new."""
     spec_digest: str = ""

@@ -453,3 +453,20 @@ async def test_what_an_engine_stores_is_reached_where_it_serves_one_tenant_alone
                 router.port, post(b"", path="/v1/responses/resp_1").replace(b"POST", b"GET", 1)
             )
             assert b" 404 " in answer
+
+
+async def test_an_engine_may_have_another_path_where_the_api_has_v1(tmp_path):
+    async with fake_engine() as engine:
+        for api_path, model, seen in (
+            ("", b"none", b"/base/chat/completions"),
+            ("/v1beta/openai/", b"other", b"/base/v1beta/openai/chat/completions"),
+        ):
+            replica = Replica(id="r", url=f"{engine.url}/base", api_path=api_path)
+            arm = Arm(deployment="d", cluster="here", replicas=(replica,))
+            table = routing_table(function(name=model.decode(), arms=(arm,)))
+            async with running_router(table, tmp_path, probe_interval_s=0) as router:
+                body = CHAT.replace(b"sim", model)
+                for query in (b"", b"?a=/v1/"):
+                    path = "/v1/chat/completions" + query.decode()
+                    assert b" 200 " in await raw(router.port, post(body, path=path))
+                    assert engine.received[-1].line == b"POST %b%b HTTP/1.1" % (seen, query)
