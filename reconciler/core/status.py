@@ -49,6 +49,8 @@ class World:
     routing: RoutingView
     failures: Mapping[str, str] = field(default_factory=dict)
     """Workload name -> why its last action failed."""
+    retrying: frozenset[str] = frozenset()
+    """Of those: they may well succeed without anybody doing anything."""
     source_problem: str = ""
     """Why the repo could not be read, or what is odd about it, where that is so."""
     routing_problem: str = ""
@@ -205,7 +207,9 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
         doing = acting.get(workload.name) or (current.detail if current else "") or "converging"
         reconciling = _condition("Reconciling", True, why, doing)
     sick = [r for r in replicas if r.phase in (Phase.FAILED, Phase.NOT_READY)]
-    if failure:
+    if failure and workload.name in world.retrying:
+        conditions.append(_condition("Reconciling", True, "Retrying", failure))
+    elif failure:
         conditions.append(_condition("Stalled", True, "ActionFailed", failure))
     elif current is not None and current.quarantined:
         conditions.append(_condition("Stalled", True, "Quarantined", current.detail))

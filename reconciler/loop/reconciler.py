@@ -50,6 +50,8 @@ class _Failure:
     until: float
     reason: str
     wanted: object
+    passing: bool = False
+    """It needs no human: the backend asked to wait, or did not answer."""
 
 
 @dataclass(slots=True)
@@ -359,14 +361,15 @@ class Reconciler:
             await backend.apply(action)
         except Waiting as error:
             until = self._clock() + error.retry_after_s
-            memory.failures[name] = _Failure(count, until, str(error), wanted)
+            memory.failures[name] = _Failure(count, until, str(error), wanted, passing=True)
             return
         except ReconcileError as error:
-            reason, base_s = str(error), 30.0 if isinstance(error, Stalled) else 1.0
+            passing = not isinstance(error, Stalled)
+            reason, base_s = str(error), 1.0 if passing else 30.0
         except Exception as error:
             # A defect met by one object must not keep the others from being applied.
             log.exception("%s: applying failed", name)
-            reason, base_s = f"applying failed: {type(error).__name__}", 30.0
+            reason, base_s, passing = f"applying failed: {type(error).__name__}", 30.0, False
         else:
             memory.failures.pop(name, None)
             return
@@ -374,7 +377,8 @@ class Reconciler:
             count + 1, base_s=base_s, cap_s=600.0, jitter_fraction=0.2, random_value=random.random()
         )
         log.warning("%s: %s; next try in %.0f s", name, reason, pause_s)
-        memory.failures[name] = _Failure(count + 1, self._clock() + pause_s, reason, wanted)
+        until = self._clock() + pause_s
+        memory.failures[name] = _Failure(count + 1, until, reason, wanted, passing)
 
     def _forget_failures(self, made: Plan) -> None:
         """What needs no action any more has not failed."""
@@ -433,6 +437,7 @@ class Reconciler:
                 memory.plan,
                 view,
                 failures,
+                frozenset(n for n, f in memory.failures.items() if f.passing),
                 memory.source_problem,
                 memory.routing_problem,
             )

@@ -286,3 +286,16 @@ def test_exactly_the_fields_that_are_set_are_named():
     ]
     gpus = {"provider": {"type": "local"}, "gpus": [{"type": "H100", "count": 1}]}
     assert not_acted_on_yet(config_object("Cluster", "c", gpus).value) == ["spec.gpus"]
+
+
+def test_a_failure_that_passes_by_itself_is_no_stall():
+    objects = (function("f"), local("c"), deployment("a"))
+
+    def kinds(retrying: frozenset[str]) -> dict[str, str]:
+        seen = (observation(),)
+        made = world(*objects, observed=seen, failures={"a--c": "no answer"}, retrying=retrying)
+        shown = documents(made, {}, T0)["status/deployment/a.yaml"]
+        return {c["type"]: c["reason"] for c in shown["status"]["conditions"]}
+
+    assert kinds(frozenset()) == {"Ready": "Progressing", "Stalled": "ActionFailed"}
+    assert kinds(frozenset({"a--c"})) == {"Ready": "Progressing", "Reconciling": "Retrying"}
