@@ -125,8 +125,8 @@ class Bench:
         """Passes until one has nothing to do, with routers that follow."""
         for _ in range(20):
             before = (await self.seen(), self.loop.memory.generation)
-            await self.passes(1)
             self.routers.serve(self.loop.memory.generation)
+            await self.passes(1)
             if before == (await self.seen(), self.loop.memory.generation):
                 return
         raise AssertionError("no fixpoint in 20 passes")

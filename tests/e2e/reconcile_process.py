@@ -60,12 +60,14 @@ def quick_deployment(name: str, *, function: str = "chat") -> str:
 class Site:
     """A config repo, a Valkey, and the reconcilers that a test starts over them."""
 
-    def __init__(self, folder: Path, redis_url: str, *, owner: str) -> None:
+    def __init__(
+        self, folder: Path, redis_url: str, *, owner: str, repo: GitRepo | None = None
+    ) -> None:
         self.folder = folder
         self.redis_url = redis_url
         self.owner = owner
         self.script = folder / "engine.py"
-        self.repo = GitRepo(folder / "repo")
+        self.repo = repo or GitRepo(folder / "repo")
         self.redis: Redis = connect(redis_url)
         self.state_dirs: set[Path] = set()
         self._started: list[subprocess.Popen[bytes]] = []
@@ -149,6 +151,18 @@ class Site:
         text = self.repo.git("show", "detoserve/status:status/summary.yaml")
         summary: Any = parse_document(text.encode())
         return dict(summary)
+
+    async def agreed(self, wanted: Mapping[str, int], *, timeout_s: float = 40) -> None:
+        """Table and processes agree on `wanted`."""
+
+        async def agreed() -> bool:
+            await asyncio.sleep(0.1)
+            routed = await self.routed()
+            assert {name: len(ids) for name, ids in routed.items()} == wanted, routed
+            assert {r for ids in routed.values() for r in ids} == self.engines().keys()
+            return True
+
+        await eventually(agreed, timeout_s=timeout_s, what="agreed")
 
     async def converged(self, wanted: Mapping[str, int], *, timeout_s: float = 40) -> None:
         """Status, table and processes agree on `wanted`, at the newest commit."""
