@@ -91,6 +91,7 @@ class Relay:
 
     def received(self, head: ResponseHead | None, data: bytes, complete: bool) -> None:
         self._last_at = now = perf_counter()
+        begins = False
         if data:
             self.chunks += 1
             if self._streaming and not complete:
@@ -98,27 +99,26 @@ class Relay:
                 self._last = data
                 self.sent_bytes += len(data)
                 self._streaming(b"%x\r\n%b\r\n" % (len(data), data))
-                self.first_body_at = self.first_body_at or now
                 return
-            self.first_body_at = self.first_body_at or now
+            if not self.first_body_at:
+                self.first_body_at = now
+                begins = True
+        if head is not None:
+            self.head = head
         if complete:
             self.complete = True
             self._timer.cancel()
-        elif head is not None:
+        elif begins:
             self._timer.cancel()
             self._timer = self._loop.call_later(self._between_s, self._check_between)
         if self._transport is not None:
             self._write(data)
-        elif data:
-            self._buffered.append(data)
-        if head is not None:
-            self.head = head
-        if self._transport is None:
-            waiter = self._head_waiter
-        elif complete:
-            waiter = self._done
+            waiter = self._done if complete else None
         else:
-            return
+            if data:
+                self._buffered.append(data)
+            # A head alone is no answer yet: until there is some body, another replica may be asked.
+            waiter = self._head_waiter if data or complete else None
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
@@ -133,15 +133,15 @@ class Relay:
     # The proxy's side.
 
     async def answered(self) -> ResponseHead:
-        """The answer's head, as soon as it is there.
+        """The answer's head, as soon as there is some of its body, or it has none.
 
         Raises:
             UpstreamFailed: when the connection ends, or the first-byte deadline passes, before.
         """
-        if self.head is None and self.error is None:
+        if not self._buffered and not self.complete and self.error is None:
             self._head_waiter = self._loop.create_future()
             await self._head_waiter
-        if self.head is None:
+        if self.head is None or not (self._buffered or self.complete):
             assert self.error is not None
             raise self.error
         return self.head

@@ -170,17 +170,25 @@ async def reset(_, writer):
     writer.transport.abort()
 
 
+async def reset_after_the_head(_, writer):
+    writer.write(SSE_HEAD)
+    await writer.drain()
+    await asyncio.sleep(0.02)  # so that the head is on its way alone
+    writer.transport.abort()
+
+
 @pytest.mark.parametrize(
     "answer",
     [
         None,
         reset,
+        reset_after_the_head,
         http(b"{}", "503 Service Unavailable"),
         http(b"{}", "502 Bad Gateway"),
         http(b"{}", "429 Too Many Requests", "Retry-After: 1\r\n"),
         http(b'{"error":"cannot schedule new futures after shutdown"}', "500 Oops"),
     ],
-    ids=["refused", "reset", "503", "502", "429", "vllm-shutting-down"],
+    ids=["refused", "reset", "reset-after-head", "503", "502", "429", "vllm-shutting-down"],
 )
 async def test_a_failure_before_the_first_byte_is_tried_elsewhere(tmp_path, answer):
     policy = Policy(name="round-robin", retry_budget_percent=100)
