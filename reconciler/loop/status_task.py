@@ -10,7 +10,6 @@ import logging
 import random
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any
 
 from reconciler.core.backoff import delay_s
 from reconciler.core.digest import canonical_digest
@@ -110,16 +109,12 @@ class StatusTask:
             # Another may have written since.
             await self._take_up(sink)
             self._written_to = (sink, generation)
-        before = self._documents
-        made = documents(world, before, self._now())
-        if made == before:
+        # Of thousands of objects this takes seconds, in which passes and the lease go on.
+        made, rendered = await asyncio.to_thread(
+            _render, world, self._documents, self._rendered, self._now()
+        )
+        if made == self._documents:
             return None
-        rendered = {
-            path: self._rendered[path]
-            if before.get(path) == document and path in self._rendered
-            else render_document(document)
-            for path, document in made.items()
-        }
         commit = await sink.write(
             rendered,
             revision=world.effective.revision,
@@ -132,12 +127,27 @@ class StatusTask:
     async def _take_up(self, sink: StatusSink) -> None:
         """Starts from what the branch says, so that a restart moves no generation and no time."""
         stored: Mapping[str, bytes] = await sink.read()
-        documents: dict[str, Document] = {}
-        for path, data in stored.items():
-            document: Any = parse_document(data)
-            if isinstance(document, dict):
-                documents[path] = document
+        documents = await asyncio.to_thread(_parse, stored)
         self._documents, self._rendered = documents, dict(stored)
+
+
+def _render(
+    world: World, before: Mapping[str, Document], known: Mapping[str, bytes], now: str
+) -> tuple[dict[str, Document], dict[str, bytes]]:
+    """Every document and its bytes; those that did not change are the very same bytes."""
+    made = documents(world, before, now)
+    rendered = {
+        path: known[path]
+        if path in known and before.get(path) == document
+        else render_document(document)
+        for path, document in made.items()
+    }
+    return made, rendered
+
+
+def _parse(stored: Mapping[str, bytes]) -> dict[str, Document]:
+    parsed = {path: parse_document(data) for path, data in stored.items()}
+    return {path: document for path, document in parsed.items() if isinstance(document, dict)}
 
 
 def _plan_digest(world: World) -> str:
