@@ -33,9 +33,10 @@ def workload_name(deployment: str, cluster: str) -> str:
 
 def platform_of(objects: Mapping[ObjectKey, ConfigObject]) -> PlatformSpec:
     """The repo's one Platform, or the defaults."""
-    for _, obj in sorted(objects.items()):
-        if isinstance(obj.value, Platform):
-            return obj.value.spec
+    for key in sorted(key for key in objects if key.kind == "Platform"):
+        value = objects[key].value
+        if isinstance(value, Platform):
+            return value.spec
     return PlatformSpec()
 
 
