@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from reconciler.core.action import Create, Delete, Effect, Update
 from reconciler.core.observed import (
@@ -21,6 +22,7 @@ from reconciler.errors import BackendUnreachable, NotOurs, ReconcileError, Waiti
 @dataclass(slots=True)
 class _Told:
     workload: Workload
+    template: dict[str, Any]
     replicas: dict[str, ObservedReplica] = field(default_factory=dict)
     deleting: bool = False
 
@@ -62,8 +64,9 @@ class FakeBackend:
                 if told is not None and told.deleting:
                     raise Waiting(f"{action.name} is still being deleted", retry_after_s=1.0)
                 if told is None:
-                    told = self._told[action.name] = _Told(workload)
+                    told = self._told[action.name] = _Told(workload, {})
                 told.workload = workload
+                told.template = template_data(workload.template)
                 self._start_missing(told)
             case Delete():
                 if told is not None:
@@ -141,5 +144,5 @@ def _observed(told: _Told) -> ObservedWorkload:
         replicas_wanted=told.workload.replicas,
         replicas=tuple(told.replicas.values()),
         deleting=told.deleting,
-        template=template_data(told.workload.template),
+        template=told.template,
     )

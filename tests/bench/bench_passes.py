@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from reconciler.cli import GARBAGE_EVERY
 from reconciler.core.last_good import Objects
 from reconciler.core.status import World
 from reconciler.loop.config_reader import GitConfig
@@ -118,7 +119,10 @@ async def measure(count: int, folder: Path) -> list[tuple[str, float, float, flo
         branch = StatusBranch(state / "status.git", str(repo))
         status = StatusTask(lambda: branch, leading, debounce_s=lambda: 0.0, on_fenced=lambda: None)
 
+        world_now: list[World] = []
+
         def on_world(world: World) -> None:
+            world_now[:] = [world]
             status.offer(world)
             deployment_lines(world)
 
@@ -157,6 +161,15 @@ async def measure(count: int, folder: Path) -> list[tuple[str, float, float, flo
         await figures.take("all replicas ready: publish again", loop.one_pass)
         await loop.one_pass()
         await figures.take("first status: all documents, one commit", status.write)
+
+        async def taken_up_anew() -> None:
+            again = StatusTask(
+                lambda: branch, leading, debounce_s=lambda: 0.0, on_fenced=lambda: None
+            )
+            again.offer(world_now[0])
+            assert await again.write() is None
+
+        await figures.take("restart: status read back, nothing to write", taken_up_anew)
         await figures.take("no change, woken by a notice: fetch, pass", fetching, REPEATS)
         await figures.take("no change: resync pass", loop.one_pass, REPEATS)
         await figures.take("no change: status", status.write, REPEATS)
@@ -170,6 +183,7 @@ async def measure(count: int, folder: Path) -> list[tuple[str, float, float, flo
 
 
 def main() -> None:
+    gc.set_threshold(GARBAGE_EVERY)  # as the command does
     if len(sys.argv) > 1:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(asyncio.run(measure(int(sys.argv[1]), Path(folder)))))
