@@ -96,7 +96,7 @@ class Relay:
             self.chunks += 1
             if self._streaming and not complete:
                 # Nearly every call is this one: an event in the middle of a stream.
-                self._last = data
+                self._last = data[-4:]  # all of it would be kept for a client that does not read
                 self.sent_bytes += len(data)
                 self._streaming(b"%x\r\n%b\r\n" % (len(data), data))
                 return
@@ -208,7 +208,7 @@ class Relay:
     def _write(self, data: bytes, head_lines: bytes = b"") -> None:
         assert self._transport is not None
         if data:
-            self._last = data
+            self._last = data[-4:]  # all of it would be kept for a client that does not read
             self.sent_bytes += len(data)
         if self._framing == "chunked":
             if data:

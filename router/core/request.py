@@ -5,6 +5,7 @@ Not here: the meaning of any other field; engines get the client's bytes.
 
 from __future__ import annotations
 
+import codecs
 import re
 from typing import Final
 
@@ -31,6 +32,28 @@ class _Shared(msgspec.Struct, frozen=True):
     best_of: int | None = None
 
 
+_UTF8: Final = codecs.getincrementaldecoder("utf-8")
+_PIECE_BYTES: Final = 2**16
+
+
+def _check_utf8(body: bytes) -> None:
+    """Strings that msgspec skips are not looked into; an engine would find out.
+
+    Raises:
+        UnicodeDecodeError: at the first byte that is not UTF-8.
+    """
+    if body.isascii():
+        return
+    decoder = _UTF8()
+    for at in range(0, len(body), _PIECE_BYTES):
+        pending, _ = decoder.getstate()
+        try:
+            decoder.decode(body[at : at + _PIECE_BYTES], at + _PIECE_BYTES >= len(body))
+        except UnicodeDecodeError as error:
+            error.start += at - len(pending)
+            raise
+
+
 _decode: Final = msgspec.json.Decoder(_Shared).decode
 
 
@@ -41,6 +64,7 @@ def read_json(body: bytes) -> str:
         BodyInvalid: with the byte or the field that is wrong.
     """
     try:
+        _check_utf8(body)
         shared = _decode(body)
     except msgspec.ValidationError as error:
         detail = str(error)

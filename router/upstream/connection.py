@@ -15,6 +15,10 @@ import msgspec
 MAX_HEAD_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
 
+_READ_VIEW: Final = memoryview(bytearray(64 * 1024))
+"""Where every connection reads into: what was read is parsed, and its body copied out, before the
+loop reads again. Its size bounds what a client that does not read can make the router hold."""
+
 _HOP_BY_HOP: Final = frozenset(
     {
         b"connection",
@@ -85,7 +89,7 @@ class Receiver(Protocol):
         """Nothing more will come."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """The protocol. `send` starts an exchange; the receiver hears of it until its end."""
 
     __slots__ = (
@@ -138,7 +142,10 @@ class Connection(asyncio.Protocol):
         # uvloop's transports behave as asyncio.Transport without being one.
         self.transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio calls it so
+        return _READ_VIEW
+
+    def buffer_updated(self, nbytes: int) -> None:
         receiver = self._receiver
         if receiver is None:
             # Nothing was asked: whatever this is, it must not become the next answer.
@@ -146,9 +153,9 @@ class Connection(asyncio.Protocol):
             return
         had_head = self._head
         if had_head is None:
-            self._head_bytes += len(data)
+            self._head_bytes += nbytes
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(_READ_VIEW[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError) as error:
             self._fail(f"the answer is not HTTP/1.1: {type(error).__name__}")
             return

@@ -66,7 +66,9 @@ def test_the_last_top_level_model_is_the_one(body, after):
         (b'{"model":["a"]}', "array", "model"),
         (b'{"model":"a","n":129}', "128", "n"),
         (b'{"model":"a","best_of":500}', "128", "best_of"),
-        (b'{"model":"\xff"}', "UTF-8|utf-8", None),
+        (b'{"model":"\xff"}', "UTF-8", None),
+        (b'{"model":"a","x":"' + b"a" * 70_000 + b'\xff"}', "byte 70018", None),
+        (b'{"model":"a","x":"\xe4\xb8"}', "UTF-8", None),
         (b'{"a":' + b"[" * 100_000, "deep", None),
     ],
 )
