@@ -120,6 +120,7 @@ class Router:
             handler_cancellation=True,
             keepalive_timeout=settings.keepalive_timeout_s,
             lingering_time=_LINGER_S,
+            auto_decompress=False,
             access_log=None,
         )
         if settings.listen_fd is None:

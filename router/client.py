@@ -6,12 +6,14 @@ the transport by the relay, and aiohttp is only told that they were. Not here: w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any, Final
 
-from aiohttp import web
+from aiohttp import StreamReader, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import RawRequestMessage
 
 from router.core.errors import Refusal, bad_request
 from router.relay import Relay
@@ -108,8 +110,30 @@ def _where(error: BaseException | None) -> str:
     return f"{type(error).__name__} at {place}"
 
 
+class ClientRequest(web.BaseRequest):
+    """A request in chunks is the last of its connection.
+
+    aiohttp's parser takes the last trailer of one request for the first header of the next, and so
+    whoever shares a connection, as clients of a proxy do, could send a header in another's name.
+    """
+
+    @property
+    def keep_alive(self) -> bool:
+        return not (self._message.should_close or self._message.chunked)
+
+
 class ClientServer(web.Server):
     """Makes a ClientConnection for every connection."""
+
+    def _make_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        return ClientRequest(message, payload, protocol, writer, task, self._loop)
 
     def __call__(self) -> ClientConnection:
         return ClientConnection(self, loop=self._loop, **self._kwargs)

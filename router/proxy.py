@@ -26,6 +26,7 @@ from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
 from router.core.health import Breaker, Failure, kept_out
+from router.core.inflate import EncodingInvalid, inflate
 from router.core.pick import available, pick
 from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import attempts, is_retryable
@@ -50,7 +51,8 @@ _REST_S: Final = 0.25
 """How long a replica is spared that is full and does not say for how long."""
 _log: Final = logging.getLogger(__name__)
 _FALL_BACK_ON: Final = frozenset({"no_replica", "at_capacity", "upstream_failed"})
-_ENCODINGS: Final = frozenset({b"", b"identity", b"gzip", b"deflate"})
+_PLAIN: Final = frozenset({b"", b"identity"})
+_ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
 
 
 class _Call(msgspec.Struct):
@@ -271,23 +273,32 @@ class Proxy:
         content = request.content
         if headers.encoding not in _ENCODINGS:
             raise Refused(errors.UNSUPPORTED_ENCODING)
-        parts: list[bytes] = []
-        size = 0
         try:
             if content.is_eof():
                 body = content.read_nowait()
                 if len(body) > limit:
                     raise Refused(errors.too_large(limit))
-                return body
+                return (
+                    body
+                    if headers.encoding in _PLAIN
+                    else await self._plain(body, headers.encoding)
+                )
             if request.content_length is not None and request.content_length > limit:
                 raise Refused(errors.too_large(limit))
             if headers.expects_continue and request.transport:
                 request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            parts: list[bytes] = []
+            size = 0
             while True:
                 async with asyncio.timeout(self._settings.body_timeout_s):
                     part = await content.readany()
                 if not part:
-                    return b"".join(parts)
+                    body = b"".join(parts)
+                    return (
+                        body
+                        if headers.encoding in _PLAIN
+                        else await self._plain(body, headers.encoding)
+                    )
                 size += len(part)
                 if size > limit:
                     raise Refused(errors.too_large(limit))
@@ -296,6 +307,22 @@ class Proxy:
             raise Refused(errors.BODY_TIMEOUT) from None
         except web.RequestPayloadError:
             raise Refused(errors.bad_json("it cannot be decoded")) from None
+
+    async def _plain(self, body: bytes, encoding: bytes) -> bytes:
+        """The decoded body. A bomb costs no more than the largest body, and holds up nobody."""
+        limit = self._settings.max_body_bytes
+        parts: list[bytes] = []
+        size = 0
+        try:
+            for part in inflate(encoding, body):
+                size += len(part)
+                if size > limit:
+                    raise Refused(errors.too_large(limit))
+                parts.append(part)
+                await asyncio.sleep(0)
+        except EncodingInvalid as error:
+            raise Refused(errors.bad_json(f"as {encoding.decode()}, {error}")) from None
+        return b"".join(parts)
 
     def _choose(self, call: _Call, tried: set[str]) -> Candidate | None:
         state = self._state

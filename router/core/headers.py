@@ -55,6 +55,10 @@ _known: dict[bytes, _Use] = {}
 def _use(name: bytes) -> _Use:
     lower = name.lower()
     use = _READ.get(lower) or ("drop" if _DROPPED.fullmatch(lower) else "pass")
+    # CGI-like servers read X_User as X-User.
+    if use == "pass" and b"_" in lower:
+        dashed = lower.replace(b"_", b"-")
+        use = "drop" if dashed in _READ or _DROPPED.fullmatch(dashed) else "pass"
     if len(_known) < _MAX_KNOWN:
         _known[name] = use
     return use
