@@ -30,10 +30,6 @@ class World(Protocol):
     """One implementation with what the suite needs around it."""
 
     backend: Backend
-    can_be_foreign: bool
-    can_break: bool
-    remembers: bool
-    rolls: bool
 
     async def open(self) -> None: ...
     async def reopen(self) -> None: ...
@@ -45,8 +41,6 @@ class World(Protocol):
 
 
 class LocalWorld:
-    can_be_foreign = can_break = remembers = rolls = True
-
     def __init__(self, path: Path) -> None:
         self.path, self.owner = path, f"test-{uuid.uuid4().hex}"
 
@@ -77,8 +71,6 @@ class LocalWorld:
 
 
 class ExternalWorld:
-    can_be_foreign = can_break = remembers = rolls = False
-
     def __init__(self) -> None:
         self._stack = AsyncExitStack()
         self._urls: list[str] = []
@@ -119,9 +111,6 @@ class ExternalWorld:
 
 
 class FakeWorld:
-    can_be_foreign = can_break = rolls = True
-    remembers = True
-
     async def open(self) -> None:
         self.backend = FakeBackend()
 
@@ -229,9 +218,9 @@ async def test_scaling_keeps_the_ids_of_those_that_stay(world: World) -> None:
     assert {r.id for r in (await until_ready(world, two)).replicas} < more
 
 
+# Not external: what it watches is not its to replace.
+@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
 async def test_a_roll_ends_with_new_replicas_under_new_ids(world: World) -> None:
-    if not world.rolls:
-        pytest.skip("what it watches is not its to replace")
     old, new = world.workload(spec="one"), world.workload(spec="two")
     await world.backend.apply(Create(old, "new"))
     before = {r.id for r in (await until_ready(world, old)).replicas}
@@ -315,9 +304,9 @@ async def test_a_name_that_is_being_deleted_must_wait(world: World) -> None:
     await until_ready(world, workload)
 
 
+# Not external: it is told again after a restart.
+@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
 async def test_what_runs_is_found_again_unchanged(world: World) -> None:
-    if not world.remembers:
-        pytest.skip("it is told again after a restart")
     workload = world.workload(replicas=2)
     await world.backend.apply(Create(workload, "new"))
     before = await until_ready(world, workload)
@@ -325,9 +314,9 @@ async def test_what_runs_is_found_again_unchanged(world: World) -> None:
     assert await seen(world, workload.name) == before
 
 
+# Not external: nothing of it can be another's.
+@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
 async def test_a_foreign_name_is_shown_and_refused(world: World) -> None:
-    if not world.can_be_foreign:
-        pytest.skip("nothing of it can be another's")
     workload = world.workload(replicas=0)
     await world.backend.apply(Create(workload, "new"))
     world.make_foreign(workload)
@@ -343,9 +332,9 @@ async def test_a_foreign_name_is_shown_and_refused(world: World) -> None:
             await world.backend.apply(action)
 
 
+# Not external: it holds everything in memory.
+@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
 async def test_what_cannot_be_asked_is_unknown_and_takes_nothing_on(world: World) -> None:
-    if not world.can_break:
-        pytest.skip("it holds everything in memory")
     workload = world.workload()
     await world.backend.apply(Create(workload, "new"))
     await until_ready(world, workload)
