@@ -21,6 +21,8 @@ _DEBOUNCE_MS: Final = 20
 _STEP_MS: Final = 10
 _CHECK_MS: Final = 2_000
 _LOST_PAUSE_S: Final = 1.0
+_INTERVAL_CHECK_S: Final = 1.0
+"""The interval is an object of the config repo: it is not known at the start, and may be edited."""
 
 
 def local_git_dir(remote: str) -> Path | None:
@@ -57,9 +59,15 @@ def moves_a_branch(branch: str, git_dir: Path) -> Callable[[Change, str], bool]:
 
 
 async def poll(notify: Callable[[], None], interval_s: Callable[[], float]) -> None:
-    """Notifies every so often, until cancelled."""
+    """Notifies every so often, until cancelled. A shorter interval takes effect within a second."""
+    loop = asyncio.get_running_loop()
+    last = loop.time()
     while True:
-        await asyncio.sleep(max(0.1, interval_s()))
+        left_s = last + max(0.1, interval_s()) - loop.time()
+        if left_s > 0:
+            await asyncio.sleep(min(left_s, _INTERVAL_CHECK_S))
+            continue
+        last = loop.time()
         notify()
 
 
