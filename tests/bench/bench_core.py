@@ -50,7 +50,7 @@ def measure(work: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def row(name: str, n: int, work: Callable[[], Any]) -> tuple[Any, float]:
     result, seconds, mib = measure(work)
-    print(f"{name:24}{n:>8}{seconds:>10.3f}{mib:>10.1f}", flush=True)
+    print(f"| {name} | {n:,} | {seconds:.3f} | {mib:.1f} |", flush=True)
     return result, seconds
 
 
@@ -78,7 +78,7 @@ def bench(n: int) -> None:
     _, s_create = row("plan, all to create", n, lambda: plan(desired, [observation()], policy, 0.0))
     _, s_roll = row("plan, all to roll", n, lambda: plan(desired, old, policy, 0.0))
     worst = s_effective + s_compile + max(s_noop, s_create, s_roll)
-    print(f"{'effective+compile+plan':24}{n:>8}{worst:>10.3f}")
+    print(f"| effective, compile, plan at worst | {n:,} | {worst:.3f} | |")
 
     def routes(before: RoutingTable | None) -> RoutingTable:
         return compile_routes(merged.objects, desired, seen, before, revision="r")
@@ -91,6 +91,6 @@ def bench(n: int) -> None:
 
 
 if __name__ == "__main__":
-    print(f"{'':24}{'n':>8}{'s':>10}{'MiB':>10}")
+    print("| pure core | deployments | CPU s | MiB |\n|---|--:|--:|--:|")
     for size in (10, 1_000, 10_000):
         bench(size)

@@ -213,8 +213,10 @@ def show(moments: list[list[float]], starts: list[float]) -> None:
 
     def row(name: str, seconds: list[float]) -> None:
         p99 = statistics.quantiles(seconds, n=100, method="inclusive")[98]
-        cells = (statistics.median(seconds), p99, max(seconds))
-        print(f"| {name} | {' | '.join(f'{1000 * cell:.0f}' for cell in cells)} |")
+        cells = [f"{1000 * cell:.0f}" for cell in (statistics.median(seconds), p99, max(seconds))]
+        if len(seconds) < PUSHES:
+            cells[1] = ""  # too few to tell
+        print(f"| {name} | {' | '.join(cells)} |")
 
     print(f"| {len(moments)} pushes, ms | median | p99 | max |\n|---|--:|--:|--:|")
     row("**from before `git push` to the router serving it**", [m[6] - m[0] for m in moments])
