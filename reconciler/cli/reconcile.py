@@ -16,7 +16,7 @@ from reconciler.cli.terminal import answer, command_app
 from reconciler.core.status import World
 from reconciler.errors import Stalled
 from reconciler.loop.wiring import Assembly, ReconcilerSettings
-from reconciler.up.progress import deployment_lines
+from reconciler.up.progress import all_live
 from reconciler.up.run import install_signals
 
 app = command_app()
@@ -103,8 +103,7 @@ def run(
         stop, live = asyncio.Event(), asyncio.Event()
 
         def on_world(world: World) -> None:
-            lines = deployment_lines(world).values()
-            if all(line.live for line in lines) and not world.source_problem:
+            if all_live(world) and not world.source_problem:
                 live.set()
 
         assembly = Assembly(settings, on_world=on_world)

@@ -13,6 +13,7 @@ from pathlib import Path
 from reconciler.core.config import ObjectKey
 from reconciler.edit.tenant_file import add_key
 from reconciler.edit.work_tree import WorkTree, write_atomically
+from reconciler.errors import SourceInvalid
 from reconciler.sources.loader import load_directory
 from reconciler.up.config_repo import ConfigRepo
 from schemas import api_keys
@@ -26,11 +27,11 @@ def api_key_for(repo: ConfigRepo, path: str, state_dir: Path) -> str | None:
         SourceInvalid: the repo just made cannot be edited or committed to.
     """
     file = state_dir / "api-key.json"
-    tenants = [
-        obj.value
-        for obj in load_directory(repo.path / path).objects.values()
-        if isinstance(obj.value, Tenant)
-    ]
+    try:
+        loaded = load_directory(repo.path / path)
+    except SourceInvalid:
+        return None  # nothing to read yet: what the reconciler says of it is better placed
+    tenants = [obj.value for obj in loaded.objects.values() if isinstance(obj.value, Tenant)]
     hashes = {key.sha256 for tenant in tenants for key in tenant.spec.keys}
     known = _read(file)
     if known is not None and api_keys.digest(known).hex() in hashes:

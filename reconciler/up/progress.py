@@ -32,6 +32,8 @@ class DeploymentLine:
     live: bool
     """Every router serves its newest arm, with all replicas wanted, and nothing else runs."""
     detail: str = ""
+    acted_on: bool = True
+    """A backend of this reconciler runs it."""
 
 
 def deployment_lines(world: World) -> dict[str, DeploymentLine]:
@@ -43,6 +45,7 @@ def deployment_lines(world: World) -> dict[str, DeploymentLine]:
         for name, current in o.workloads.items()
     }
     held = {a.name: a.reason for a in world.plan.actions if isinstance(a, Noop) and a.held}
+    backends = {o.backend for o in world.observed}
     lines = {}
     for workload in world.desired.workloads.values():
         current = observed.get(workload.name)
@@ -63,8 +66,14 @@ def deployment_lines(world: World) -> dict[str, DeploymentLine]:
             and bool(world.routing.routers)
             and not world.routing.behind(workload.deployment),
             detail=detail,
+            acted_on=workload.backend in backends,
         )
     return lines
+
+
+def all_live(world: World) -> bool:
+    """Also where there is nothing to run: an empty repo is up as soon as its router is."""
+    return all(line.live for line in deployment_lines(world).values() if line.acted_on)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +113,47 @@ class Screen(Protocol):
     def warn(self, text: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What differs between two worlds, in the order in which it is told."""
+
+    revision: str | None
+    problems: tuple[str, ...]
+    deployments: tuple[DeploymentLine, ...]
+    gone: tuple[str, ...]
+
+
+class _Follower:
+    """Tells what is new in each world it is shown."""
+
+    def __init__(self) -> None:
+        self._lines: Mapping[str, DeploymentLine] = {}
+        self._revision = ""
+        self._problems: tuple[str, ...] = ()
+
+    def news(self, world: World) -> News:
+        problems = tuple(str(p) for p in world.effective.problems) + world.plan.refusals
+        if world.source_problem:
+            problems += (world.source_problem,)
+        lines = deployment_lines(world)
+        revision = world.effective.revision
+        news = News(
+            revision if revision != self._revision else None,
+            tuple(p for p in problems if p not in self._problems),
+            tuple(line for name, line in lines.items() if line != self._lines.get(name)),
+            tuple(sorted(self._lines.keys() - lines.keys())),
+        )
+        self._lines, self._revision, self._problems = lines, revision, problems
+        return news
+
+
 class TextScreen:
     """Lines for people: a step each, then one line for each change."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._started = time.monotonic()
-        self._before: Mapping[str, DeploymentLine] = {}
-        self._revision = ""
-        self._problems: tuple[str, ...] = ()
+        self._follower = _Follower()
 
     def _line(self, mark: str, text: str, style: str) -> None:
         seconds = time.monotonic() - self._started
@@ -128,21 +169,15 @@ class TextScreen:
         self._line("!", text, "yellow")
 
     def world(self, world: World) -> None:
-        if world.effective.revision != self._revision:
-            self._revision = world.effective.revision
-            self._line("→", f"config at {self._revision[:12]}", "cyan")
-        problems = tuple(str(p) for p in world.effective.problems) + world.plan.refusals
-        for problem in problems:
-            if problem not in self._problems:
-                self.warn(problem)
-        self._problems = problems
-        lines = deployment_lines(world)
-        for name, line in lines.items():
-            if line != self._before.get(name):
-                self._deployment(line)
-        for name in self._before.keys() - lines.keys():
+        news = self._follower.news(world)
+        if news.revision:
+            self._line("→", f"config at {news.revision[:12]}", "cyan")
+        for problem in news.problems:
+            self.warn(problem)
+        for line in news.deployments:
+            self._deployment(line)
+        for name in news.gone:
             self._line("•", f"{name}: gone", "magenta")
-        self._before = lines
 
     def _deployment(self, line: DeploymentLine) -> None:
         count = f"{line.name}: {line.updated}/{line.wanted} replicas ready"
@@ -154,14 +189,17 @@ class TextScreen:
             self._line("•", count + (f": {line.detail}" if line.detail else ""), "blue")
 
     def ready(self, ready: Ready) -> None:
-        text = Text(overflow="fold")
-        text.append("endpoint  ", "dim").append(ready.endpoint + "\n", "bold")
-        if ready.api_key:
-            text.append("api key   ", "dim").append(ready.api_key + "\n", "bold")
-        text.append("config    ", "dim").append(f"{ready.config_repo} ({ready.config_path})\n")
-        text.append("logs      ", "dim").append(f"{ready.state_dir}\n")
-        text.append("metrics   ", "dim").append(f"{ready.admin}/metrics")
-        self._console.print(Panel(text, title="DetoServe is up", title_align="left"))
+        rows = {
+            "endpoint": Text(ready.endpoint, "bold"),
+            "api key": Text(ready.api_key or "not made here: see detoserve keys create --help"),
+            "config": Text(f"{ready.config_repo} ({ready.config_path or 'its root'})"),
+            "logs": Text(f"{ready.state_dir}/logs"),
+            "metrics": Text(f"{ready.admin}/metrics"),
+        }
+        table = Text("\n", overflow="fold").join(
+            Text.assemble((f"{name:10}", "dim"), value) for name, value in rows.items()
+        )
+        self._console.print(Panel(table, title="DetoServe is up", title_align="left"))
         self._console.print(Text("Try it:", "dim"))
         # Whole, without a frame, so that it can be copied.
         self._console.print(Text(ready.curl), soft_wrap=True)
@@ -177,13 +215,11 @@ class TextScreen:
 
 
 class JsonScreen:
-    """One JSON object a line, for scripts: event step | deployment | gone | problem | ready."""
+    """One JSON object a line, for scripts: event step | config | problem | deployment | gone | ready."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._before: Mapping[str, DeploymentLine] = {}
-        self._revision = ""
-        self._problems: tuple[str, ...] = ()
+        self._follower = _Follower()
 
     def _event(self, event: str, **fields: object) -> None:
         self._console.file.write(json.dumps({"event": event, **fields}) + "\n")
@@ -196,21 +232,15 @@ class JsonScreen:
         self._event("problem", text=text)
 
     def world(self, world: World) -> None:
-        if world.effective.revision != self._revision:
-            self._revision = world.effective.revision
-            self._event("config", revision=self._revision)
-        problems = tuple(str(p) for p in world.effective.problems) + world.plan.refusals
-        for problem in problems:
-            if problem not in self._problems:
-                self.warn(problem)
-        self._problems = problems
-        lines = deployment_lines(world)
-        for name, line in lines.items():
-            if line != self._before.get(name):
-                self._event("deployment", revision=self._revision, **asdict(line))
-        for name in self._before.keys() - lines.keys():
+        news = self._follower.news(world)
+        if news.revision:
+            self._event("config", revision=news.revision)
+        for problem in news.problems:
+            self.warn(problem)
+        for line in news.deployments:
+            self._event("deployment", revision=world.effective.revision, **asdict(line))
+        for name in news.gone:
             self._event("gone", name=name)
-        self._before = lines
 
     def ready(self, ready: Ready) -> None:
         self._event("ready", **asdict(ready), curl=ready.curl)

@@ -27,7 +27,7 @@ from reconciler.publish.valkey import EmbeddedValkey
 from reconciler.up.api_key import api_key_for
 from reconciler.up.children import Child
 from reconciler.up.config_repo import open_or_create
-from reconciler.up.progress import Ready, Screen, deployment_lines
+from reconciler.up.progress import Ready, Screen, all_live, deployment_lines
 from schemas.function import Function
 
 log = logging.getLogger("detoserve.up")
@@ -135,7 +135,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             reconciling = group.create_task(assembly.run(stop))
             if await _until(router.listening, stop):
                 screen.step(f"router at {router.url}")
-            while not stop.is_set() and not (newest and _all_live(newest[0])):
+            while not stop.is_set() and not (newest and all_live(newest[0])):
                 shown.clear()
                 await _until(shown, stop)
             if not stop.is_set():
@@ -169,11 +169,6 @@ async def _until(event: asyncio.Event, stop: asyncio.Event) -> bool:
         for task in tasks:
             task.cancel()
     return event.is_set()
-
-
-def _all_live(world: World) -> bool:
-    lines = deployment_lines(world).values()
-    return bool(lines) and all(line.live or line.wanted == 0 for line in lines)
 
 
 def _chat_model(world: World) -> str | None:
