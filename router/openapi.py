@@ -55,7 +55,7 @@ def _passed(endpoint: Endpoint) -> dict[str, Any]:
                     content_type: {
                         "schema": {
                             "type": "object",
-                            "required": ["model"],
+                            "required": [] if endpoint.model_optional else ["model"],
                             "properties": properties,
                             "additionalProperties": True,
                         }

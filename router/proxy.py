@@ -43,7 +43,7 @@ from router.upstream.connection import (
     UpstreamTimeout,
 )
 from router.upstream.pool import Pool
-from schemas.wire.routing import Function
+from schemas.wire.routing import Function, Tenant
 
 _LOOKED_AT_BYTES: Final = 4096
 """Of a 500's body, to tell an engine that drains from one that fails."""
@@ -73,6 +73,27 @@ class _Call(msgspec.Struct):
 
 def _answers(function: Function, endpoint: Endpoint) -> bool:
     return not function.tasks or endpoint.task in function.tasks
+
+
+def _meant(snapshot: Snapshot, tenant: Tenant, endpoint: Endpoint, model: str | None) -> Function:
+    """The function that a request is for.
+
+    Raises:
+        Refused: the tenant has no such model, or it does not answer here.
+        BodyInvalid: no model is named, and it is not clear which is meant.
+    """
+    if model is None:
+        mine = snapshot.models(tenant) if endpoint.model_optional else ()
+        answering = [function for function in mine if _answers(function, endpoint)]
+        if len(answering) != 1:
+            raise BodyInvalid("it must name a `model`", "model")
+        return answering[0]
+    function = snapshot.resolve(tenant, model)
+    if function is None:
+        raise Refused(errors.model_not_found(model[:200]))
+    if not _answers(function, endpoint):
+        raise Refused(errors.task_not_supported(function.name, endpoint.path))
+    return function
 
 
 @contextmanager
@@ -176,16 +197,13 @@ class Proxy:
             return await self._ask_keeper(
                 request, endpoint, record, snapshot, headers, principal, body
             )
+        model: str | None
         try:
             if endpoint.multipart:
                 model, span = read_form(body, headers.content_type.decode("latin-1"))
             else:
                 model, span = read_json(body), None
-            function = snapshot.resolve(principal.tenant, model)
-            if function is None:
-                raise Refused(errors.model_not_found(model[:200]))
-            if not _answers(function, endpoint):
-                raise Refused(errors.task_not_supported(function.name, endpoint.path))
+            function = _meant(snapshot, principal.tenant, endpoint, model)
         except BodyInvalid as error:
             raise Refused(errors.bad_json(str(error), param=error.param)) from None
         functions = [function]
@@ -202,7 +220,7 @@ class Proxy:
             function = functions.pop(0)
             record.function = function.name
             sent = body
-            if model != function.served_name:
+            if model is not None and model != function.served_name:
                 sent = (
                     with_model(body, function.served_name)
                     if span is None

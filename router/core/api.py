@@ -22,6 +22,8 @@ class Endpoint:
     """`gen_ai.operation.name` in metrics."""
     multipart: bool = False
     """The body is multipart/form-data and its `model` is a form field."""
+    model_optional: bool = False
+    """Without a `model`, the only function is meant that answers the tenant here."""
     stored: bool = False
     """About something an engine keeps, and without a model's name: see `stored`."""
 
@@ -30,7 +32,8 @@ _ENDPOINTS: Final = (
     Endpoint("/v1/chat/completions", "chat", "chat"),
     Endpoint("/v1/completions", "completions", "text_completion"),
     Endpoint("/v1/embeddings", "embeddings", "embeddings"),
-    Endpoint("/v1/responses", "responses", "responses"),
+    # A stored prompt may name the model instead.
+    Endpoint("/v1/responses", "responses", "responses", model_optional=True),
     Endpoint("/v1/rerank", "rerank", "rerank"),
     Endpoint("/rerank", "rerank", "rerank"),
     Endpoint("/v2/rerank", "rerank", "rerank"),

@@ -57,8 +57,8 @@ def _check_utf8(body: bytes) -> None:
 _decode: Final = msgspec.json.Decoder(_Shared).decode
 
 
-def read_json(body: bytes) -> str:
-    """The model that a JSON body names. The one parse: other fields are skipped, not built.
+def read_json(body: bytes) -> str | None:
+    """The model that a JSON body names, if any. The one parse: other fields are skipped, not built.
 
     Raises:
         BodyInvalid: with the byte or the field that is wrong.
@@ -80,8 +80,6 @@ def read_json(body: bytes) -> str:
     for field, choices in (("n", shared.n), ("best_of", shared.best_of)):
         if choices is not None and choices > MAX_CHOICES:
             raise BodyInvalid(f"`{field}` may be {MAX_CHOICES} at most", field)
-    if shared.model is None:
-        raise BodyInvalid("it must name a `model`", "model")
     return shared.model
 
 

@@ -470,3 +470,19 @@ async def test_an_engine_may_have_another_path_where_the_api_has_v1(tmp_path):
                     path = "/v1/chat/completions" + query.decode()
                     assert b" 200 " in await raw(router.port, post(body, path=path))
                     assert engine.received[-1].line == b"POST %b%b HTTP/1.1" % (seen, query)
+
+
+async def test_a_response_without_a_model_goes_to_the_only_function_that_answers(tmp_path):
+    body = b'{"prompt":{"id":"pmpt_1"},"input":"hi"}'
+    async with fake_engine() as engine:
+        answering = function(engine.url, tasks=("responses",))
+        other = function("http://127.0.0.1:1", name="other", tasks=("embeddings",))
+        async with running_router(routing_table(answering, other), tmp_path) as router:
+            assert b" 200 " in await raw(router.port, post(body, path="/v1/responses"))
+            assert engine.received[0].body == body
+            assert b" 400 " in await raw(router.port, post(body, path="/v1/embeddings"))
+            second = function("http://127.0.0.1:1", name="second", tasks=("responses",))
+            router.install(routing_table(answering, second, generation=2))
+            answer = await raw(router.port, post(body, path="/v1/responses"))
+            assert b" 400 " in answer
+            assert b"must name a `model`" in answer
