@@ -25,7 +25,7 @@ fix:
 
 # The default suite: unit, behaviour and contract tests, on two cores
 test *args:
-    pytest -n 2 -m "not e2e and not bench" "$@"
+    pytest -n 2 -m "not e2e" "$@"
 
 # The whole program with real processes; slower
 test-e2e *args:
