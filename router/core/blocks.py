@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from struct import Struct
 from typing import Any, Final
 
 import msgspec
@@ -34,6 +35,7 @@ _MEDIA: Final = frozenset(
 _IN_TEMPLATE: Final = ("chat_template", "chat_template_kwargs", "reasoning_effort", "documents")
 """Fields besides messages and tools that chat templates put before or into them."""
 
+_cut: Final = Struct(f"{BLOCK_BYTES}s").iter_unpack
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
@@ -65,9 +67,9 @@ def hash_blocks(data: bytes, seed: int) -> list[int]:
     """The chained hash after each whole block of the bytes."""
     blocks = []
     chained = seed
-    end = min(len(data) - BLOCK_BYTES + 1, MAX_BLOCKS * BLOCK_BYTES)
-    for start in range(0, end, BLOCK_BYTES):
-        chained = xxh64_intdigest(data[start : start + BLOCK_BYTES], chained) & _HASH_BITS
+    whole = min(len(data) // BLOCK_BYTES, MAX_BLOCKS) * BLOCK_BYTES
+    for (block,) in _cut(memoryview(data)[:whole]):
+        chained = xxh64_intdigest(block, chained) & _HASH_BITS
         blocks.append(chained)
     return blocks
 
@@ -78,7 +80,7 @@ def _json(value: Any) -> str:
 
 def _add_part(out: list[str], part: Any) -> None:
     """One part of a message's content: text as it is, media by digest, calls by name and input."""
-    if not isinstance(part, Mapping):
+    if not isinstance(part, dict):
         out.append(part if isinstance(part, str) else _json(part))
         return
     text = part.get("text")
@@ -108,8 +110,8 @@ def _add_content(out: list[str], content: Any) -> None:
 
 
 def _add_call(out: list[str], call: Any) -> None:
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
         out += ("\x03", _json(call))
         return
     arguments = function.get("arguments")
@@ -118,13 +120,10 @@ def _add_call(out: list[str], call: Any) -> None:
 
 
 def _add_message(out: list[str], message: Any) -> None:
-    if not isinstance(message, Mapping):
+    if not isinstance(message, dict):
         _add_part(out, message)
         return
     role, content = message.get("role"), message.get("content")
-    if type(role) is str and type(content) is str and len(message) == 2:
-        out += ("\x01", role, "\x02", content)
-        return
     if role is None:  # an item of the Responses API: a call, or what it gave
         out.append("\x01")
         _add_part(out, message)
@@ -166,6 +165,11 @@ def render(request: Mapping[str, Any]) -> bytes:
         messages = request.get("input") if "prompt" not in request else None
     if isinstance(messages, list):
         for message in messages:
+            if type(message) is dict and len(message) == 2:
+                role, content = message.get("role"), message.get("content")
+                if type(role) is str and type(content) is str:  # nearly all of them
+                    out += ("\x01", role, "\x02", content)
+                    continue
             _add_message(out, message)
     elif messages is not None:
         out.append("\x01user\x02")

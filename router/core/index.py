@@ -234,7 +234,7 @@ class PrefixIndex:
             same, other, after = at, count, 0
             while same + step < count:
                 here = get(blocks[same + step])
-                held = 0 if here is None else here.mask & known
+                held = 0 if here is None else here.mask & mask
                 if held != mask:
                     other, after = same + step, held
                     break
@@ -243,13 +243,13 @@ class PrefixIndex:
             else:
                 # The last step would have gone past the end; the end itself has not been seen.
                 here = get(blocks[count - 1])
-                held = 0 if here is None else here.mask & known
+                held = 0 if here is None else here.mask & mask
                 if held != mask:
                     other, after = count - 1, held
             while other - same > 1 and other < count:
                 middle = (same + other) // 2
                 here = get(blocks[middle])
-                held = 0 if here is None else here.mask & known
+                held = 0 if here is None else here.mask & mask
                 if held == mask:
                     same = middle
                 else:

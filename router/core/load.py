@@ -1,0 +1,202 @@
+"""What every replica has to do: prefill queued, requests running, cache in use.
+
+A state machine of requests, pure: time is passed in. A request is counted before it is sent, and its ticket
+gives back exactly what it took, however often and in whatever order its transitions come. The
+backlog is work, not a count: seconds of prefill that have not come to a first token, less what the
+one at the front has run. Not here: what a request's work is (speeds), or how the shares of other
+routers come in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Final, Literal
+
+Phase = Literal["prefill", "decode", "done"]
+
+_IDLE: Final = -inf
+_LONG_AGO: Final = -1e12
+"""Others have work there, this router has none: not idle, and no head whose time could be told."""
+
+
+class _Queue:
+    """One replica's requests from this router."""
+
+    __slots__ = ("head_since", "kv_tokens", "pending", "requests", "slot", "work_s")
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.pending: dict[Ticket, None] = {}
+        """Not at their first token yet, oldest first: engines serve in this order."""
+        self.head_since = 0.0
+        self.work_s = 0.0
+        self.requests = 0
+        self.kv_tokens = 0.0
+
+
+class Ticket:
+    """One request on one replica: what was counted for it, to be given back."""
+
+    __slots__ = ("_queue", "kv_tokens", "phase", "work_s")
+
+    def __init__(self, queue: _Queue, work_s: float, kv_tokens: float) -> None:
+        self._queue = queue
+        self.work_s = work_s
+        self.kv_tokens = kv_tokens
+        self.phase: Phase = "prefill"
+
+    @property
+    def slot(self) -> int:
+        return self._queue.slot
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one other router has on one replica."""
+
+    work_s: float = 0.0
+    requests: int = 0
+    kv_tokens: float = 0.0
+
+
+@dataclass(slots=True)
+class _Engine:
+    """What the engine itself says."""
+
+    capacity_tokens: float = 0.0
+    kv_used: float = 0.0
+
+
+@dataclass(slots=True)
+class Load:
+    """All replicas of one router, by slot. The sequences are what scoring reads."""
+
+    ready_at: list[float] = field(default_factory=list)
+    """When its prefill would be done if nothing came; -inf: it has none."""
+    floor_s: list[float] = field(default_factory=list)
+    """Work behind the request at the front."""
+    kv_used: list[float] = field(default_factory=list)
+    """0 to 1, an estimate."""
+    requests: list[int] = field(default_factory=list)
+    _queues: list[_Queue] = field(default_factory=list)
+    _engines: list[_Engine] = field(default_factory=list)
+    _shares: list[dict[str, Share]] = field(default_factory=list)
+
+    def add(self, slot: int) -> None:
+        """A replica with nothing to do, in the place of whatever had the slot before."""
+        while len(self.ready_at) <= slot:
+            self.ready_at.append(_IDLE)
+            self.floor_s.append(0.0)
+            self.kv_used.append(0.0)
+            self.requests.append(0)
+            self._queues.append(_Queue(len(self._queues)))
+            self._engines.append(_Engine())
+            self._shares.append({})
+        # Tickets of the former replica keep their own queue, which nobody reads any more.
+        self._queues[slot] = _Queue(slot)
+        self._engines[slot] = _Engine()
+        self._shares[slot] = {}
+        self._publish(slot)
+
+    def dispatch(self, slot: int, work_s: float, kv_tokens: float, now: float) -> Ticket:
+        """Counts a request that is about to be sent. Keep the ticket, and `finish` it."""
+        queue = self._queues[slot]
+        ticket = Ticket(queue, work_s, kv_tokens)
+        if not queue.pending:
+            queue.head_since = now
+        queue.pending[ticket] = None
+        queue.work_s += work_s
+        queue.requests += 1
+        queue.kv_tokens += kv_tokens
+        self._publish(slot)
+        return ticket
+
+    def first_token(self, ticket: Ticket, now: float) -> float | None:
+        """Its prefill is done. How long it was at the front, where that can be told (seconds)."""
+        if ticket.phase != "prefill":
+            return None
+        ticket.phase = "decode"
+        return self._leave_queue(ticket, now)
+
+    def finish(self, ticket: Ticket, now: float) -> None:
+        """It is over, whichever way and however far it had come."""
+        if ticket.phase == "done":
+            return
+        if ticket.phase == "prefill":
+            self._leave_queue(ticket, now)
+        ticket.phase = "done"
+        queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
+        queue.requests -= 1
+        queue.kv_tokens = queue.kv_tokens - ticket.kv_tokens if queue.requests else 0.0
+        self._publish_queue(queue)
+
+    def _leave_queue(self, ticket: Ticket, now: float) -> float | None:
+        queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
+        at_front_s = None
+        if next(iter(queue.pending)) is ticket:
+            at_front_s = max(0.0, now - queue.head_since)
+            queue.head_since = now
+        del queue.pending[ticket]
+        # Sums of floats drift; an empty queue is zero.
+        queue.work_s = max(0.0, queue.work_s - ticket.work_s) if queue.pending else 0.0
+        self._publish_queue(queue)
+        return at_front_s
+
+    # What others say
+
+    def set_engine(self, slot: int, *, capacity_tokens: float, kv_used: float) -> None:
+        """From the engine's own metrics; capacity 0: not known."""
+        self._engines[slot] = _Engine(capacity_tokens, kv_used)
+        self._publish(slot)
+
+    def set_share(self, slot: int, router: str, share: Share) -> None:
+        """What another router has there now; an empty share is forgotten."""
+        if share == Share():
+            self._shares[slot].pop(router, None)
+        else:
+            self._shares[slot][router] = share
+        self._publish(slot)
+
+    def drop_router(self, router: str) -> None:
+        """Another router is gone, and what it had with it."""
+        for slot, shares in enumerate(self._shares):
+            if shares.pop(router, None) is not None:
+                self._publish(slot)
+
+    def own_share(self, slot: int, now: float) -> Share:
+        """This router's part, as other routers should count it."""
+        queue = self._queues[slot]
+        ready_at, floor_s = _backlog(queue)
+        return Share(max(0.0, ready_at - now, floor_s), queue.requests, queue.kv_tokens)
+
+    def backlog_s(self, slot: int, now: float) -> float:
+        return max(self.ready_at[slot] - now, self.floor_s[slot])
+
+    def _publish_queue(self, queue: _Queue) -> None:
+        if self._queues[queue.slot] is queue:
+            self._publish(queue.slot)
+
+    def _publish(self, slot: int) -> None:
+        queue, engine, shares = self._queues[slot], self._engines[slot], self._shares[slot]
+        ready_at, floor_s = _backlog(queue)
+        requests, kv_tokens = queue.requests, queue.kv_tokens
+        for share in shares.values():
+            if share.work_s:
+                ready_at = max(ready_at, _LONG_AGO) + share.work_s
+            floor_s += share.work_s
+            requests += share.requests
+            kv_tokens += share.kv_tokens
+        self.ready_at[slot] = ready_at
+        self.floor_s[slot] = floor_s
+        self.requests[slot] = requests
+        estimate = kv_tokens / engine.capacity_tokens if engine.capacity_tokens else 0.0
+        self.kv_used[slot] = min(1.0, max(estimate, engine.kv_used))
+
+
+def _backlog(queue: _Queue) -> tuple[float, float]:
+    """(ready_at, floor_s) of one queue."""
+    if not queue.pending:
+        return _IDLE, 0.0
+    head = next(iter(queue.pending))
+    return queue.head_since + queue.work_s, max(0.0, queue.work_s - head.work_s)

@@ -1,0 +1,200 @@
+"""One request, one decision: which of the candidates gets it, and why.
+
+The seam between the data plane and what it knows: `choose` reads, and changes nothing. What follows
+from a choice is counted by `dispatched`, before the request is sent. Not here: which replicas may be candidates
+(pick, health), parsing (blocks), or remembering sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any, Final
+
+from xxhash import xxh64_intdigest
+
+from router.core.blocks import Prompt
+from router.core.index import PrefixIndex
+from router.core.load import Load, Ticket
+from router.core.score import (
+    Chance,
+    Fleet,
+    Held,
+    Ranking,
+    Signals,
+    least,
+    linear_signals,
+    rendezvous,
+    second,
+    two_choices,
+    weigh,
+)
+from router.core.speeds import Speeds
+from schemas.wire.routing import Policy
+
+Gather = Callable[[Any], tuple[Any, ...]]
+
+_Column = tuple[float, ...]
+_KEPT_POSITIONS: Final = 1024
+ANSWER_TOKENS: Final = 256.0
+"""Cache that an answer is taken to need besides its prompt."""
+
+
+class Candidates:
+    """Replicas between which a request is decided, by slot. Keep it for as long as they are the same."""
+
+    __slots__ = ("_gather", "_known", "_positions", "_version", "keys", "position", "slots")
+
+    def __init__(self, slots: Sequence[int], ids: Sequence[str]) -> None:
+        """`ids` are the replicas' names in the same order; at least one."""
+        self.slots = tuple(slots)
+        self.keys = tuple(xxh64_intdigest(name.encode()) for name in ids)
+        """For `rendezvous`."""
+        self.position = {slot: i for i, slot in enumerate(self.slots)}
+        # itemgetter of one index gives the item, not a tuple.
+        self._gather: Gather = (
+            itemgetter(*self.slots) if len(slots) > 1 else lambda of: (of[self.slots[0]],)
+        )
+        self._version = -1
+        self._known: tuple[_Column, _Column, _Column] = ((), (), ())
+        self._positions: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def positions(self, slots: tuple[int, ...]) -> tuple[int, ...]:
+        """Where these stand; slots that are no candidates are left out."""
+        found = self._positions.get(slots)
+        if found is None:
+            if len(self._positions) >= _KEPT_POSITIONS:
+                self._positions.clear()
+            at = self.position
+            found = self._positions[slots] = tuple(at[slot] for slot in slots if slot in at)
+        return found
+
+    def fleet(self, load: Load, speeds: Speeds, now: float) -> Fleet:
+        """What is known of them, side by side."""
+        gather = self._gather
+        if self._version != speeds.version:
+            self._known = gather(speeds.rtt_s), gather(speeds.slow), gather(speeds.factor)
+            self._version = speeds.version
+        return Fleet(
+            *self._known,
+            speeds.p,
+            speeds.q,
+            gather(load.ready_at),
+            gather(load.floor_s),
+            gather(load.kv_used),
+            gather(load.requests),
+            now,
+        )
+
+
+@dataclass(slots=True)
+class States:
+    """All that changes by the second, of one router. One `Speeds` a function."""
+
+    index: PrefixIndex = field(default_factory=PrefixIndex)
+    load: Load = field(default_factory=Load)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A decision, with enough to explain it."""
+
+    position: int
+    """Of the chosen one among the candidates."""
+    slot: int
+    hit_blocks: int
+    """That it is thought to hold of the prompt."""
+    hit_tokens: float
+    runner_up: int | None
+    """Position of the one that would have been next; None where the policy has no order."""
+    held: Held
+    """(tokens, positions that hold so many), deepest first."""
+    _signals: Callable[[int], Signals] | None = None
+
+    def signals(self, position: int) -> Signals | None:
+        """The four signals of a candidate; None where the policy has none. Slower than the choice.
+
+        To be asked at once: loads go on changing, and those at the decision are kept with it.
+        """
+        return self._signals(position) if self._signals is not None else None
+
+
+def hit_tokens(prompt: Prompt, blocks: int) -> float:
+    """Tokens that need no prefill; an engine always computes the last one."""
+    return max(0.0, min(blocks * prompt.block_tokens, prompt.tokens - 1))
+
+
+def choose(
+    candidates: Candidates,
+    prompt: Prompt,
+    states: States,
+    speeds: Speeds,
+    policy: Policy,
+    *,
+    now: float,
+    chance: Chance,
+    turn: int = 0,
+    session: int | None = None,
+    pinned: int | None = None,
+) -> Choice:
+    """The candidate that this policy sends the request to.
+
+    `turn`: requests of the function before this one. `session`: a 64-bit hash of the session's name.
+    `pinned`: slot of the replica that served the session before; counts for nothing when it is not a
+    candidate. `now` is on the clock that `Load` is told.
+    """
+    held: list[tuple[float, tuple[int, ...]]] = []
+    depths: list[int] = []
+    for blocks, slots in states.index.match(prompt.blocks):
+        here = candidates.positions(slots)
+        if here:
+            held.append((hit_tokens(prompt, blocks), here))
+            depths.append(blocks)
+    mine = candidates.position.get(pinned) if pinned is not None else None
+
+    def chosen(
+        first: int, next_best: int | None = None, of: Callable[[int], Signals] | None = None
+    ) -> Choice:
+        blocks = next(
+            (depth for depth, (_, here) in zip(depths, held, strict=True) if first in here), 0
+        )
+        return Choice(
+            first, candidates.slots[first], blocks, hit_tokens(prompt, blocks), next_best, held, of
+        )
+
+    name = policy.name
+    if name == "round-robin":
+        return chosen(turn % len(candidates.slots))
+    fleet = candidates.fleet(states.load, speeds, now)
+    if name == "expected-latency":
+        ranking = Ranking(fleet, prompt.tokens, held, pinned=mine, weights=policy.weights)
+        first = least(ranking.costs_s, chance)
+        return chosen(first, second(ranking.costs_s, first), ranking.signals)
+    if name == "linear":
+        signals = linear_signals(fleet, prompt.tokens, held, mine)
+        costs = [-weigh(one, policy.weights) for one in signals]
+        first = least(costs, chance)
+        return chosen(first, second(costs, first), signals.__getitem__)
+    if name == "session" and mine is not None:
+        return chosen(mine)
+    if name == "session" and session is not None:
+        return chosen(rendezvous(session, candidates.keys))
+    if name == "random-two-choices":
+        return chosen(two_choices(fleet.requests, chance))
+    first = least(fleet.requests, chance)
+    return chosen(first, second(fleet.requests, first))
+
+
+def dispatched(
+    choice: Choice, prompt: Prompt, states: States, speeds: Speeds, *, now: float
+) -> Ticket:
+    """Counts a request that is about to be sent: its work and its cache.
+
+    The replica is credited with the prompt's blocks at once, so that the next request of the same
+    conversation need not wait for the engine's report. Give the ticket to `Load.finish` whichever
+    way the request ends.
+    """
+    states.index.insert(choice.slot, prompt.blocks)
+    work_s = speeds.prefill_s(choice.slot, choice.hit_tokens, prompt.tokens)
+    return states.load.dispatch(choice.slot, work_s, prompt.tokens + ANSWER_TOKENS, now)

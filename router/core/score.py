@@ -1,0 +1,296 @@
+"""How good each candidate is for one request. Functions over flat sequences, one position a replica.
+
+`expected-latency` puts the four signals on one horizon of seconds. At the default weights its
+argmax is the argmin of expected time to the first token, with prefill priced by how busy the fleet is:
+
+    T(h, n) = c ((n-h) p + (n^2-h^2) q)       seconds of prefill for the n-h tokens not cached
+    rho     = min(.9, share of replicas with prefill pending);  lambda = .5 + 1.5 rho/(1-rho)
+    saved   = (1+lambda) (T(0, n) - T(h, n))
+    wait    = (backlog + T(h, n)) slow - T(h, n) + mu kv_used
+    H       = max(max saved, max wait .35/.25, max rtt .35/.15)
+    K       = saved/H                  L = 1 - wait/(H .25/.35)
+    N       = 1 - rtt/(H .15/.35)      S = pinned .3 s/(H .25/.35), at most 1
+    score   = .35 K + .25 S + .25 L + .15 N
+
+T(0, n) in `saved` is the slowest candidate's, one number for all: with each one's own, a replica would be
+credited for being slow. The choice is made on costs, which are the score without H and turned
+round; the horizon is worked out only where it decides, or where a person asks. Not here: which
+replicas are candidates (pick), or what is known of them (load, speeds, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import Final, NamedTuple, Protocol
+
+from schemas.wire.routing import Weights
+
+MU_S: Final = 1.0
+"""What a full KV cache counts as, in seconds of waiting."""
+PINNED_S: Final = 0.3
+"""What a session's own replica counts as: enough for ties and near-ties, never above load."""
+NOMINAL_REQUESTS: Final = 16
+"""Requests at which `linear` counts a replica as without headroom."""
+_DEFAULT: Final = Weights()
+_LOAD: Final = _DEFAULT.kv_cache / _DEFAULT.load
+_LATENCY: Final = _DEFAULT.kv_cache / _DEFAULT.latency
+
+
+class Chance(Protocol):
+    """The part of `random.Random` used here."""
+
+    def random(self) -> float: ...
+
+
+class Signals(NamedTuple):
+    """What speaks for a replica, each in [0, 1] under `expected-latency`."""
+
+    kv_cache: float
+    session: float
+    load: float
+    latency: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The candidates of one request; all sequences are of one length, in one order."""
+
+    rtt_s: Sequence[float]
+    slow: Sequence[float]
+    """At least 1: how much longer prefill takes there just now than its speed says."""
+    factor: Sequence[float]
+    """c: how many times the fleet's prefill time a replica needs."""
+    p: float
+    """Seconds a token: the fleet's 1/v."""
+    q: float
+    """Seconds a square token: the fleet's 1/(2 a v)."""
+    ready_at: Sequence[float]
+    """When the queued prefill would be done if nothing came; -inf: idle."""
+    floor_s: Sequence[float]
+    """Work behind the prefill that runs: the backlog is never less."""
+    kv_used: Sequence[float]
+    """0 to 1."""
+    requests: Sequence[int]
+    now: float
+    """On the same clock as `ready_at`."""
+
+    def __len__(self) -> int:
+        return len(self.rtt_s)
+
+    def prefill_s(self, cached: float, tokens: float) -> float:
+        """T(h, n) where the factor is 1."""
+        return (tokens - cached) * self.p + (tokens * tokens - cached * cached) * self.q
+
+    @property
+    def rho(self) -> float:
+        """Share of candidates with prefill pending."""
+        return 1 - self.ready_at.count(-inf) / len(self)
+
+
+Held = Sequence[tuple[float, Sequence[int]]]
+"""(tokens, positions that hold so many), deepest first; nobody stands in it twice."""
+
+
+def price(rho: float) -> float:
+    """1 + lambda: what a second of prefill costs the fleet, itself included."""
+    rho = min(0.9, rho)
+    return 1.5 + 1.5 * rho / (1 - rho)
+
+
+class Ranking:
+    """The candidates of one request under `expected-latency`."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        tokens: float,
+        held: Held,
+        *,
+        pinned: int | None = None,
+        weights: Weights = _DEFAULT,
+        rho: float | None = None,
+    ) -> None:
+        """`rho` is the fleet's own share of busy replicas where it is not given."""
+        self.fleet = fleet
+        self.tokens = tokens
+        self.held = held
+        self.pinned = pinned
+        self.weights = weights
+        self.price = price(fleet.rho if rho is None else rho)
+        self._horizon_s: float | None = None
+        self._prefill_s = [fleet.prefill_s(0.0, tokens)] * len(fleet)
+        """Of every candidate, where its factor is 1."""
+        self._cold_s = max(fleet.factor) * self._prefill_s[0]
+        """T(0, n) of the slowest."""
+        for cached, positions in held:
+            seconds = fleet.prefill_s(cached, tokens)
+            for i in positions:
+                self._prefill_s[i] = seconds
+        self.costs_s = self._costs()
+        """Without the session's bonus."""
+        self.bonus_s = 0.0 if pinned is None else self._bonus(pinned)
+        if pinned is not None:
+            self.costs_s[pinned] -= self.bonus_s
+
+    def _costs(self) -> list[float]:
+        """Seconds: weighted rtt + wait + price x prefill. The one loop over all candidates."""
+        fleet, now = self.fleet, self.fleet.now
+        kv, load, rtt = self._multipliers()
+        if kv == load == rtt == 1 and fleet.slow.count(1.0) == len(fleet):
+            # Nearly always, and half the time: the same sum, without factors that are 1.
+            priced_s = [self.price * t for t in self._prefill_s]
+            return [
+                r + (x if (x := at - now) > floor else floor) + MU_S * k + c * t
+                for r, c, at, floor, k, t in zip(
+                    fleet.rtt_s,
+                    fleet.factor,
+                    fleet.ready_at,
+                    fleet.floor_s,
+                    fleet.kv_used,
+                    priced_s,
+                    strict=True,
+                )
+            ]
+        # Of wait's prefill (slow - 1) T one T is taken from what is priced.
+        priced, mu = kv * self.price - load, load * MU_S
+        return [
+            rtt * r
+            + load * s * ((x if (x := at - now) > floor else floor) + (t := c * t0))
+            + mu * k
+            + priced * t
+            for r, s, c, at, floor, k, t0 in zip(
+                fleet.rtt_s,
+                fleet.slow,
+                fleet.factor,
+                fleet.ready_at,
+                fleet.floor_s,
+                fleet.kv_used,
+                self._prefill_s,
+                strict=True,
+            )
+        ]
+
+    def _multipliers(self) -> tuple[float, float, float]:
+        w = self.weights
+        return (
+            w.kv_cache / _DEFAULT.kv_cache,
+            w.load / _DEFAULT.load,
+            w.latency / _DEFAULT.latency,
+        )
+
+    def _bonus(self, pinned: int) -> float:
+        """Seconds that the session is worth; the horizon bounds it, so see first if it matters."""
+        factor = self.weights.session / _DEFAULT.session
+        gap = self.costs_s[pinned] - min(self.costs_s)
+        at_least = max(max(self.fleet.rtt_s) * _LATENCY, self._saved_s(pinned))
+        if not 0 < gap <= PINNED_S * factor or at_least / _LOAD >= PINNED_S:
+            return factor * PINNED_S
+        return factor * min(PINNED_S, self.horizon_s / _LOAD)
+
+    @property
+    def horizon_s(self) -> float:
+        """H; a second where nothing tells the candidates apart."""
+        if self._horizon_s is None:
+            every = range(len(self.fleet))
+            saved_s = max(map(self._saved_s, every))
+            wait_s = max(map(self._wait_s, every))
+            horizon_s = max(saved_s, wait_s * _LOAD, max(self.fleet.rtt_s) * _LATENCY)
+            self._horizon_s = horizon_s or 1.0
+        return self._horizon_s
+
+    def _saved_s(self, i: int) -> float:
+        return self.price * (self._cold_s - self.fleet.factor[i] * self._prefill_s[i])
+
+    def _wait_s(self, i: int) -> float:
+        fleet = self.fleet
+        prefill = fleet.factor[i] * self._prefill_s[i]
+        backlog = max(fleet.ready_at[i] - fleet.now, fleet.floor_s[i])
+        return (backlog + prefill) * fleet.slow[i] - prefill + MU_S * fleet.kv_used[i]
+
+    def signals(self, i: int) -> Signals:
+        """What speaks for one candidate. Slower than the choice: it is for people."""
+        horizon = self.horizon_s
+        return Signals(
+            kv_cache=self._saved_s(i) / horizon,
+            session=min(1.0, PINNED_S * _LOAD / horizon) if i == self.pinned else 0.0,
+            load=1 - self._wait_s(i) * _LOAD / horizon,
+            latency=1 - self.fleet.rtt_s[i] * _LATENCY / horizon,
+        )
+
+    def score(self, i: int) -> float:
+        """The weighted sum of the signals."""
+        return weigh(self.signals(i), self.weights)
+
+
+def weigh(signals: Signals, weights: Weights) -> float:
+    return (
+        weights.kv_cache * signals.kv_cache
+        + weights.session * signals.session
+        + weights.load * signals.load
+        + weights.latency * signals.latency
+    )
+
+
+def linear_signals(
+    fleet: Fleet, tokens: float, held: Held, pinned: int | None = None
+) -> list[Signals]:
+    """The plain four: share of the prompt held, pinned, headroom (not clipped), nearness."""
+    cached = [0.0] * len(fleet)
+    for depth, positions in held:
+        for i in positions:
+            cached[i] = depth / tokens if tokens else 0.0
+    far = max(fleet.rtt_s) or 1.0
+    return [
+        Signals(share, float(i == pinned), 1 - requests / NOMINAL_REQUESTS, 1 - rtt / far)
+        for i, (share, requests, rtt) in enumerate(
+            zip(cached, fleet.requests, fleet.rtt_s, strict=True)
+        )
+    ]
+
+
+def least(costs: Sequence[float], chance: Chance) -> int:
+    """Position of the least; among equals at random, so that no replica is everybody's first."""
+    lowest = min(costs)
+    ties = costs.count(lowest)
+    if ties == 1:
+        return costs.index(lowest)
+    at = -1
+    for _ in range(int(chance.random() * ties) + 1):
+        at = costs.index(lowest, at + 1)
+    return at
+
+
+def second(costs: Iterable[float], first: int) -> int | None:
+    """Position of the least besides `first`; None when there is no other."""
+    others = [*costs]
+    if len(others) < 2:
+        return None
+    others[first] = inf
+    return others.index(min(others))
+
+
+def two_choices(costs: Sequence[float], chance: Chance) -> int:
+    """The less loaded of two taken at random."""
+    one = int(chance.random() * len(costs))
+    other = int(chance.random() * (len(costs) - 1))
+    other += other >= one
+    if len(costs) < 2 or costs[one] <= costs[other]:
+        return one
+    return other
+
+
+def rendezvous(session: int, keys: Sequence[int]) -> int:
+    """A session's own replica among those with these keys (64-bit hashes of their ids).
+
+    When a replica comes or goes, only sessions that it has or had move.
+    """
+    return max(range(len(keys)), key=lambda i: _mixed(session ^ keys[i]))
+
+
+def _mixed(value: int) -> int:
+    """SplitMix64's finalizer."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return value ^ value >> 31
