@@ -11,11 +11,13 @@ from typing import Any
 from router.core.api import PASSED, STORED, Endpoint
 
 _ERROR_RESPONSES = {
-    "400": "The body is not what the endpoint takes.",
+    "400": "The request is not what the endpoint takes.",
     "401": "No valid API key.",
     "403": "The account is suspended, or the key may not run models.",
     "404": "The model does not exist, or is not yours.",
+    "408": "The body did not arrive in time.",
     "413": "The body is too large.",
+    "415": "The body's Content-Encoding is not known here.",
     "429": "Too many requests; Retry-After says when to come again.",
     "500": "The engine failed.",
     "502": "The engine failed before it answered.",
@@ -25,6 +27,9 @@ _ERROR_RESPONSES = {
 
 
 _PLAIN = str.maketrans({"/": "_", "{": "", "}": ""})
+
+_REFUSED = ("400", "401", "403", "404", "408")
+_FAILED = ("500", "502", "503", "504")
 
 
 def _errors(*statuses: str) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def _passed(endpoint: Endpoint) -> dict[str, Any]:
             },
             "responses": {
                 "200": {"description": "The engine's answer, unchanged: JSON or an event stream."},
-                **_errors("400", "401", "403", "404", "413", "429", "500", "502", "503", "504"),
+                **_errors(*_REFUSED, "413", "415", "429", *_FAILED),
             },
         }
     }
@@ -81,7 +86,7 @@ def _stored(method: str, endpoint: Endpoint) -> dict[str, Any]:
         ],
         "responses": {
             "200": {"description": "The engine's answer, unchanged."},
-            **_errors("401", "403", "404", "500", "502", "503", "504"),
+            **_errors(*_REFUSED, "413", "415", "429", *_FAILED),
         },
     }
 
@@ -111,7 +116,7 @@ def document() -> dict[str, Any]:
         "list_models",
         "The models this key may use.",
         key=True,
-        responses=_errors("401", "403", "503"),
+        responses=_errors("400", "401", "403", "503"),
     )
     paths["/v1/models/{model}"] = _own(
         "retrieve_model",
@@ -120,7 +125,7 @@ def document() -> dict[str, Any]:
         parameters=[
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         ],
-        responses=_errors("401", "403", "404", "503"),
+        responses=_errors("400", "401", "403", "404", "503"),
     )
     for methods, endpoint in STORED:
         for method in sorted(methods):
@@ -152,7 +157,10 @@ def document() -> dict[str, Any]:
                                 "message": {"type": "string"},
                                 "type": {"type": "string"},
                                 "param": {"type": ["string", "null"]},
-                                "code": {"type": ["string", "null"]},
+                                "code": {
+                                    "type": ["string", "integer", "null"],
+                                    "description": "Engines also give numbers.",
+                                },
                             },
                         }
                     },

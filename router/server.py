@@ -16,7 +16,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.core import errors
-from router.core.api import MODEL_PREFIX, OWN, PASSED, stored
+from router.core.api import MODEL_PREFIX, OWN, PASSED, methods_of, stored
 from router.core.errors import Refused
 from router.core.pick import effective_policy
 from router.metrics import Metrics
@@ -99,9 +99,15 @@ class Api:
     def _own(
         self, request: web.BaseRequest, path: str, record: RequestRecord
     ) -> web.StreamResponse:
-        method = request.method
-        if path in PASSED or ((path in OWN or path.startswith(MODEL_PREFIX)) and method != "GET"):
-            raise Refused(errors.method_not_allowed(method, path))
+        method, allowed = request.method, methods_of(path)
+        if not allowed:
+            raise Refused(errors.unknown_url(method, path[:200]))
+        if method not in allowed:
+            raise Refused(errors.method_not_allowed(method, path[:200], allowed))
+        if method != "GET":
+            raise Refused(
+                errors.nothing_stored(path[:200])
+            )  # no id that an engine could have given
         if path == "/health":
             response = health(self._state)
         elif path == "/ready":
@@ -110,10 +116,8 @@ class Api:
             response = _json(_OPENAPI)
         elif path == "/v1/models":
             response = self._models(request, record)
-        elif path.startswith(MODEL_PREFIX):
-            response = self._one_model(request, record, unquote(path[len(MODEL_PREFIX) :]))
         else:
-            raise Refused(errors.unknown_url(method, path[:200]))
+            response = self._one_model(request, record, unquote(path[len(MODEL_PREFIX) :]))
         record.status = response.status
         record.operation = path if path in OWN else "model"
         if self._state.draining:

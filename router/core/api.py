@@ -89,3 +89,13 @@ OWN: Final[frozenset[str]] = frozenset({"/v1/models", "/health", "/ready", "/ope
 """Paths that the router answers itself; all of them take GET. So does /v1/models/<name>."""
 
 MODEL_PREFIX: Final = "/v1/models/"
+
+
+def methods_of(path: str) -> frozenset[str]:
+    """What a path answers at all; nothing, if there is no such path."""
+    found = {"POST"} if path in PASSED else set()
+    if path in OWN:
+        found.add("GET")
+    if path.startswith(MODEL_PREFIX):
+        found |= {"GET", "DELETE"}
+    return frozenset(found.union(*(m for m, pattern, _ in _STORED if pattern.fullmatch(path))))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -20,6 +21,8 @@ class Refusal:
     code: str
     param: str | None = None
     retry_after_s: float | None = None
+    allow: tuple[str, ...] = ()
+    """Methods that the path does answer."""
     retry: bool = False
     """Whether the same request may succeed if it is sent again (`x-should-retry`)."""
 
@@ -42,6 +45,8 @@ class Refusal:
         out = {"x-should-retry": "true" if self.retry else "false"}
         if self.retry_after_s is not None:
             out["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.allow:
+            out["Allow"] = ", ".join(self.allow)
         if self.status == 401:
             out["WWW-Authenticate"] = "Bearer"
         return out
@@ -141,12 +146,13 @@ def unknown_url(method: str, path: str) -> Refusal:
     )
 
 
-def method_not_allowed(method: str, path: str) -> Refusal:
+def method_not_allowed(method: str, path: str, allowed: Iterable[str]) -> Refusal:
     return Refusal(
         405,
         f"{path} does not answer {method}.",
         "invalid_request_error",
         "method_not_allowed",
+        allow=tuple(sorted(allowed)),
     )
 
 
