@@ -106,16 +106,20 @@ class Choice:
     hit_blocks: int
     """That it is thought to hold of the prompt."""
     hit_tokens: float
-    runner_up: int | None
-    """Position of the one that would have been next; None where the policy has no order."""
     held: Held
     """(tokens, positions that hold so many), deepest first."""
+    _costs: Sequence[float] = ()
     _signals: Callable[[int], Signals] | None = None
 
-    def signals(self, position: int) -> Signals | None:
-        """The four signals of a candidate; None where the policy has none. Slower than the choice.
+    @property
+    def runner_up(self) -> int | None:
+        """Position of the one that would have been next; None where the policy has no order."""
+        return second(self._costs, self.position)
 
-        To be asked at once: loads go on changing, and those at the decision are kept with it.
+    def signals(self, position: int) -> Signals | None:
+        """The four signals of a candidate at the decision; None where the policy has none.
+
+        Slower than the choice itself: for records and people.
         """
         return self._signals(position) if self._signals is not None else None
 
@@ -154,14 +158,13 @@ def choose(
     mine = candidates.position.get(pinned) if pinned is not None else None
 
     def chosen(
-        first: int, next_best: int | None = None, of: Callable[[int], Signals] | None = None
+        first: int, costs: Sequence[float] = (), signals: Callable[[int], Signals] | None = None
     ) -> Choice:
         blocks = next(
             (depth for depth, (_, here) in zip(depths, held, strict=True) if first in here), 0
         )
-        return Choice(
-            first, candidates.slots[first], blocks, hit_tokens(prompt, blocks), next_best, held, of
-        )
+        tokens = hit_tokens(prompt, blocks)
+        return Choice(first, candidates.slots[first], blocks, tokens, held, costs, signals)
 
     name = policy.name
     if name == "round-robin":
@@ -169,21 +172,18 @@ def choose(
     fleet = candidates.fleet(states.load, speeds, now)
     if name == "expected-latency":
         ranking = Ranking(fleet, prompt.tokens, held, pinned=mine, weights=policy.weights)
-        first = least(ranking.costs_s, chance)
-        return chosen(first, second(ranking.costs_s, first), ranking.signals)
+        return chosen(least(ranking.costs_s, chance), ranking.costs_s, ranking.signals)
     if name == "linear":
         signals = linear_signals(fleet, prompt.tokens, held, mine)
         costs = [-weigh(one, policy.weights) for one in signals]
-        first = least(costs, chance)
-        return chosen(first, second(costs, first), signals.__getitem__)
+        return chosen(least(costs, chance), costs, signals.__getitem__)
     if name == "session" and mine is not None:
         return chosen(mine)
     if name == "session" and session is not None:
         return chosen(rendezvous(session, candidates.keys))
     if name == "random-two-choices":
         return chosen(two_choices(fleet.requests, chance))
-    first = least(fleet.requests, chance)
-    return chosen(first, second(fleet.requests, first))
+    return chosen(least(fleet.requests, chance), fleet.requests)
 
 
 def dispatched(

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 from typing import Final, NamedTuple, Protocol
 
@@ -119,15 +120,6 @@ class Ranking:
         self.pinned = pinned
         self.weights = weights
         self.price = price(fleet.rho if rho is None else rho)
-        self._horizon_s: float | None = None
-        self._prefill_s = [fleet.prefill_s(0.0, tokens)] * len(fleet)
-        """Of every candidate, where its factor is 1."""
-        self._cold_s = max(fleet.factor) * self._prefill_s[0]
-        """T(0, n) of the slowest."""
-        for cached, positions in held:
-            seconds = fleet.prefill_s(cached, tokens)
-            for i in positions:
-                self._prefill_s[i] = seconds
         self.costs_s = self._costs()
         """Without the session's bonus."""
         self.bonus_s = 0.0 if pinned is None else self._bonus(pinned)
@@ -140,7 +132,6 @@ class Ranking:
         kv, load, rtt = self._multipliers()
         if kv == load == rtt == 1 and fleet.slow.count(1.0) == len(fleet):
             # Nearly always, and half the time: the same sum, without factors that are 1.
-            priced_s = [self.price * t for t in self._prefill_s]
             return [
                 r + (x if (x := at - now) > floor else floor) + MU_S * k + c * t
                 for r, c, at, floor, k, t in zip(
@@ -149,7 +140,7 @@ class Ranking:
                     fleet.ready_at,
                     fleet.floor_s,
                     fleet.kv_used,
-                    priced_s,
+                    self._prefills(self.price),
                     strict=True,
                 )
             ]
@@ -172,6 +163,25 @@ class Ranking:
             )
         ]
 
+    def _prefills(self, times: float) -> list[float]:
+        """So many times T(h, n) of every candidate, where its factor is 1."""
+        fleet, n = self.fleet, self.tokens
+        prefills = [times * fleet.prefill_s(0.0, n)] * len(fleet)
+        for cached, positions in self.held:
+            each = times * fleet.prefill_s(cached, n)
+            for i in positions:
+                prefills[i] = each
+        return prefills
+
+    @cached_property
+    def _prefill_s(self) -> list[float]:
+        return self._prefills(1.0)
+
+    @cached_property
+    def _cold_s(self) -> float:
+        """T(0, n) of the slowest."""
+        return max(self.fleet.factor) * self.fleet.prefill_s(0.0, self.tokens)
+
     def _multipliers(self) -> tuple[float, float, float]:
         w = self.weights
         return (
@@ -184,21 +194,20 @@ class Ranking:
         """Seconds that the session is worth; the horizon bounds it, so see first if it matters."""
         factor = self.weights.session / _DEFAULT.session
         gap = self.costs_s[pinned] - min(self.costs_s)
-        at_least = max(max(self.fleet.rtt_s) * _LATENCY, self._saved_s(pinned))
-        if not 0 < gap <= PINNED_S * factor or at_least / _LOAD >= PINNED_S:
+        if not 0 < gap <= PINNED_S * factor:
+            return factor * PINNED_S
+        busiest = self.fleet.ready_at.index(max(self.fleet.ready_at))
+        if max(self._saved_s(pinned) / _LOAD, self._wait_s(busiest)) >= PINNED_S:
             return factor * PINNED_S
         return factor * min(PINNED_S, self.horizon_s / _LOAD)
 
-    @property
+    @cached_property
     def horizon_s(self) -> float:
         """H; a second where nothing tells the candidates apart."""
-        if self._horizon_s is None:
-            every = range(len(self.fleet))
-            saved_s = max(map(self._saved_s, every))
-            wait_s = max(map(self._wait_s, every))
-            horizon_s = max(saved_s, wait_s * _LOAD, max(self.fleet.rtt_s) * _LATENCY)
-            self._horizon_s = horizon_s or 1.0
-        return self._horizon_s
+        every = range(len(self.fleet))
+        saved_s = max(map(self._saved_s, every))
+        wait_s = max(map(self._wait_s, every))
+        return max(saved_s, wait_s * _LOAD, max(self.fleet.rtt_s) * _LATENCY) or 1.0
 
     def _saved_s(self, i: int) -> float:
         return self.price * (self._cold_s - self.fleet.factor[i] * self._prefill_s[i])
