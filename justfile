@@ -31,6 +31,14 @@ test *args:
 test-e2e *args:
     pytest tests/e2e -m e2e "$@"
 
+# Suites written by others, against our router; downloaded once (pip, npm) to $DETOSERVE_TEST_CACHE
+test-suites *args:
+    pytest tests/e2e/test_openai_suite.py tests/e2e/test_schemathesis.py -m e2e -s "$@"
+
+# OpenAI's own client tests; $DETOSERVE_OPENAI_OPENAPI may name the OpenAPI file the mock answers by
+test-openai-suite *args:
+    pytest tests/e2e/test_openai_suite.py -m e2e -s "$@"
+
 # Prints README's figures as Markdown tables, in some three minutes; asserts nothing about time
 bench:
     python tests/bench/bench_push.py

@@ -15,6 +15,7 @@ _ERROR_RESPONSES = {
     "401": "No valid API key.",
     "403": "The account is suspended, or the key may not run models.",
     "404": "The model does not exist, or is not yours.",
+    "405": "The engine stores nothing of this kind.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
     "415": "The body's Content-Encoding is not known here.",
@@ -86,7 +87,7 @@ def _stored(method: str, endpoint: Endpoint) -> dict[str, Any]:
         ],
         "responses": {
             "200": {"description": "The engine's answer, unchanged."},
-            **_errors(*_REFUSED, "413", "415", "429", *_FAILED),
+            **_errors(*_REFUSED, "405", "413", "415", "429", *_FAILED),
         },
     }
 
