@@ -48,9 +48,10 @@ class Loader:
         desired = [entry for entry in files if rule.desired(entry.path)]
         refused = tuple(p for p in snapshot.problems if not rule.ignored(p.location.path))
         if not desired and not refused:
+            at = f" at {snapshot.revision[:12]}" if snapshot.revision else ""
             raise SourceInvalid(
-                f"there is no .yaml or .yml file under {snapshot.root or 'the root'} "
-                f"at {snapshot.revision[:12]}; an empty repo never deletes what runs"
+                f"there is no .yaml or .yml file under {snapshot.root or 'the root'}{at}; "
+                "an empty repo never deletes what runs"
             )
         self._files = files
         loaded = _combine(snapshot.revision, files, frozenset(desired), refused)
