@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 
 import pytest
@@ -131,6 +132,24 @@ async def test_when_every_replica_is_out_they_are_tried_all_the_same(tmp_path):
             assert b" 502 " in answer
             assert b"x-should-retry: true" in answer
         router.assert_idle()
+
+
+async def test_a_replica_that_takes_no_connection_is_given_up_in_time(tmp_path):
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for waiting in (first, second):  # what has no place in the queue gets no answer at all
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        policy = Policy(name="round-robin", connect_timeout_s=0.3, retry_budget_percent=100)
+        async with fake_engine() as good:
+            url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            table = routing_table(function(url, good.url, policy=policy))
+            async with running_router(table, tmp_path, probe_interval_s=0) as router:
+                for _ in range(3):
+                    assert b" 200 " in await raw(router.port, post(CHAT), timeout_s=3)
+                assert router.router.metrics._retries["sim"] >= 1
+                router.assert_idle()
 
 
 async def test_a_full_replica_is_spared_for_as_long_as_it_asks(tmp_path):
