@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from router.access_log import AccessLog
+from router.brain import Brain
 from router.client import ClientServer
 from router.heartbeat import Heartbeat
 from router.metrics import Metrics
@@ -32,6 +34,7 @@ from router.settings import Settings, SettingsInvalid
 from router.state import RouterState
 from router.static_table import StaticTable
 from router.table import RedisTable
+from router.trace_settings import start_tracing
 from schemas.wire.envelope import public_key_from_hex
 
 _log: Final = logging.getLogger(__name__)
@@ -103,6 +106,8 @@ class Router:
 
     def _finished(self, record: RequestRecord) -> None:
         self.metrics.finished(record)
+        if record.trace is not None:
+            record.trace.ended(record)
         if self._access_log is not None:
             self._access_log.write(record)
 
@@ -113,8 +118,13 @@ class Router:
                 self._access_log = self._stack.enter_context(AccessLog(settings.access_log))
             except OSError as error:
                 raise SettingsInvalid(f"access_log: {error}") from None
+        self.brain = Brain(settings.index_blocks)
+        self.state.on_install.append(self.brain.installed)
         self._follow_table()
-        proxy = Proxy(self.state, settings, self._finished)
+        tracing = start_tracing(settings, os.environ, version=_version())
+        if tracing is not None:
+            self._stack.push_async_callback(tracing.close)
+        proxy = Proxy(self.state, settings, self._finished, self.brain, tracing)
         self._clients = ClientServer(
             Api(self.state, proxy, self._finished),
             handler_cancellation=True,

@@ -12,22 +12,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 from aiohttp import web
 
+from router.brain import Brain, Sent
 from router.client import SENT, SENT_AND_CLOSE, ClientConnection, refuse
 from router.core import errors
 from router.core.admission import admit
 from router.core.api import Endpoint
 from router.core.auth import Principal, authenticate
+from router.core.blocks import Prompt
 from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
 from router.core.health import Breaker, Failure, kept_out
 from router.core.inflate import EncodingInvalid, inflate
-from router.core.pick import available, pick
+from router.core.pick import available, by_weight, pick
 from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import attempts, is_retryable
 from router.core.snapshot import Candidate, Snapshot
@@ -44,6 +46,9 @@ from router.upstream.connection import (
 )
 from router.upstream.pool import Pool
 from schemas.wire.routing import Function, Tenant
+
+if TYPE_CHECKING:
+    from router.tracing import Tracing
 
 _LOOKED_AT_BYTES: Final = 4096
 """Of a 500's body, to tell an engine that drains from one that fails."""
@@ -67,6 +72,8 @@ class _Call(msgspec.Struct):
     candidates: tuple[Candidate, ...]
     body: bytes
     record: RequestRecord
+    prompt: Prompt | None
+    """What routing knows of the body; None where the policy does not ask."""
     has_fallback: bool
     """Another function will be asked if this one cannot answer."""
 
@@ -106,6 +113,8 @@ def _trying(breaker: Breaker) -> Iterator[None]:
 
 
 _NO_TRIAL: Final = nullcontext()
+_UNCOUNTED: Final = nullcontext()
+_EVENTS: Final = b"text/event-stream"
 
 
 class Proxy:
@@ -116,8 +125,12 @@ class Proxy:
         state: RouterState,
         settings: Settings,
         finished: Callable[[RequestRecord], None],
+        brain: Brain,
+        tracing: Tracing | None = None,
     ) -> None:
         self._state = state
+        self._brain = brain
+        self._tracing = tracing
         self._settings = settings
         self._finished = finished
         self._loop = asyncio.get_running_loop()
@@ -164,13 +177,16 @@ class Proxy:
     def record(self, request: web.BaseRequest, operation: str) -> RequestRecord:
         """A new record with ids of its own."""
         decision = f"{self._state.chance.getrandbits(64):016x}"
-        return RequestRecord(
+        record = RequestRecord(
             path=request.raw_path,
             operation=operation,
             started=perf_counter(),
             id=f"req_{decision}",
             decision=decision,
         )
+        if self._tracing is not None:
+            record.trace = self._tracing.begin(request, record)
+        return record
 
     def refuse(self, refusal: Refusal, record: RequestRecord) -> web.Response:
         """The router's own answer, noted in the record."""
@@ -236,6 +252,7 @@ class Proxy:
                 candidates=snapshot.candidates(function, principal.tenant),
                 body=sent,
                 record=record,
+                prompt=self._brain.prompt(function, endpoint, body),
                 has_fallback=bool(functions),
             )
             try:
@@ -277,6 +294,7 @@ class Proxy:
                 candidates=(keeper,),
                 body=body,
                 record=record,
+                prompt=None,
                 has_fallback=False,
             )
         )
@@ -342,13 +360,18 @@ class Proxy:
             raise Refused(errors.bad_json(f"as {encoding.decode()}, {error}")) from None
         return b"".join(parts)
 
-    def _choose(self, call: _Call, tried: set[str]) -> Candidate | None:
+    def _choose(self, call: _Call, tried: set[str]) -> tuple[Candidate, Sent | None] | None:
+        """A replica for one attempt, and how to count it where the policy weighs what it holds."""
         state = self._state
         function = state.function(call.function.name)
         load = state.in_flight.by_replica
         ejected = kept_out(call.candidates, state.breakers, self._loop.time())
         pool = available(call.candidates, load, without=tried, ejected=ejected)
-        return pick(pool, call.function.policy.name, load, function.turn, state.chance)
+        arm = by_weight(pool, state.chance) if len(pool) > 1 else pool
+        if arm and call.prompt is not None:
+            return self._brain.choose(arm, call.function, call.prompt, state.chance)
+        found = pick(arm, call.function.policy.name, load, function.turn, state.chance)
+        return None if found is None else (found, None)
 
     async def _attempt(self, call: _Call) -> web.StreamResponse:
         """Sends the request until an answer begins or there is nowhere left to send it."""
@@ -359,7 +382,7 @@ class Proxy:
         left = attempts(policy)
         tried: set[str] = set()
 
-        def another() -> Candidate | None:
+        def another() -> tuple[Candidate, Sent | None] | None:
             """A replica for one more attempt, if it may be made at all."""
             if not left:
                 return None
@@ -370,29 +393,38 @@ class Proxy:
                 return None
             return found
 
-        candidate = self._choose(call, tried)
-        if candidate is None:
+        chosen = self._choose(call, tried)
+        if chosen is None:
             if call.candidates:
                 raise Refused(errors.at_capacity(call.function.name))
             raise Refused(errors.no_replica(call.function.name))
         while True:
+            candidate, counted = chosen
             left -= 1
             tried.add(candidate.id)
             record.attempts += 1
             record.replica = candidate.id
             replica = candidate.id
-            with self._state.in_flight.slot(replica), self._trial(replica):
+            with (
+                self._state.in_flight.slot(replica),
+                self._trial(replica),
+                counted if counted is not None else _UNCOUNTED,
+            ):
                 pool = self._state.pool(candidate)
                 connection: Connection | None = None
                 relay: Relay | None = None
+                if record.trace is not None:
+                    record.trace.attempt(candidate, record)
                 try:
                     try:
                         connection, relay, head = await self._exchange(call, candidate, pool)
                     except UpstreamFailed as error:
                         self._blame(replica, error)
+                        if record.trace is not None:
+                            record.trace.failed(error)
                         too_late = isinstance(error, UpstreamTimeout) and error.phase != "connect"
-                        candidate = None if too_late else another()
-                        if candidate is None:
+                        chosen = None if too_late else another()
+                        if chosen is None:
                             raise Refused(self._why(call, error)) from None
                         continue
                     body = await relay.body_start(_LOOKED_AT_BYTES) if head.status == 500 else b""
@@ -400,12 +432,14 @@ class Proxy:
                         self._rest(replica, head)
                         alternative = another()
                         if alternative is not None:
-                            candidate = alternative
+                            chosen = alternative
                             continue
                         if call.has_fallback:
                             raise Refused(errors.at_capacity(call.function.name))
                     elif head.status < 500:
                         self._state.recovered(replica)
+                    if counted is not None:
+                        counted.first_token(streamed=head.content_type.startswith(_EVENTS))
                     return await self._deliver(call, candidate, relay, head)
                 finally:
                     if relay is not None:
@@ -413,6 +447,8 @@ class Proxy:
                         self._note(record, relay)
                     if connection is not None:
                         pool.give_back(connection)
+                    if record.trace is not None:
+                        record.trace.attempt_ended(relay)
 
     def _trial(self, replica: str) -> AbstractContextManager[None]:
         """Around a request that a half-open breaker lets through: it is the only one."""
@@ -456,7 +492,9 @@ class Proxy:
         while True:
             connection = pool.take()
             if connection is None:
+                began = self._loop.time()
                 connection = await pool.connect(policy.connect_timeout_s)
+                self._brain.connected(candidate, self._loop.time() - began)
             relay = Relay(
                 self._loop,
                 connection,
@@ -484,6 +522,9 @@ class Proxy:
         path = call.request.raw_path
         if candidate.api_path != "/v1" and path.startswith("/v1/"):
             path = candidate.api_path + path[3:]
+        lines, trace = call.headers.lines, call.record.trace
+        if trace is not None:
+            lines = trace.passed_on(lines)
         return b"".join(
             (
                 call.request.method.encode("ascii"),
@@ -495,7 +536,7 @@ class Proxy:
                 b"\r\nContent-Length: %d\r\nX-Request-Id: " % len(call.body),
                 call.record.id.encode(),
                 b"\r\n",
-                *call.headers.lines,
+                *lines,
                 b"\r\n",
             )
         )

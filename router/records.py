@@ -5,9 +5,12 @@ Names and numbers only; no prompt, no key, no header of the client.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
+if TYPE_CHECKING:
+    from router.tracing import RequestTrace
 
 Outcome = Literal[
     "ok", "refused", "client_error", "upstream_error", "interrupted", "timeout", "client_gone"
@@ -40,3 +43,5 @@ class RequestRecord(msgspec.Struct):
     last_body: float = 0.0
     chunks: int = 0
     ended: float = 0.0
+    trace: RequestTrace | None = None
+    """Its spans, while requests are traced."""

@@ -14,8 +14,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 ENV_PREFIX: Final = "DETOSERVE_ROUTER_"
 
@@ -25,6 +33,20 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 class SettingsInvalid(ValueError):
     """What is wrong with the settings, one line each, for whoever set them."""
+
+
+def check_otlp_endpoint(url: str) -> str:
+    """The URL itself, if spans can be posted there.
+
+    Raises:
+        ValueError: it is no such URL, or holds what would end up in a log.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError("give the collector as http(s)://host[:port][/path]")
+    if parts.username is not None:
+        raise ValueError("credentials do not go into the URL, but into OTEL_EXPORTER_OTLP_HEADERS")
+    return url
 
 
 class Settings(BaseModel):
@@ -66,6 +88,8 @@ class Settings(BaseModel):
     """Largest body of a request, decoded; beyond it 413."""
     max_in_flight: Annotated[int, Field(ge=0)] = 0
     """Requests this process carries at once; beyond it 503. 0: no ceiling."""
+    index_blocks: Annotated[int, Field(ge=1)] = 500_000
+    """Blocks of 256 bytes of prompt that it remembers where they are cached; about 100 bytes each."""
     body_timeout_s: Seconds = 30.0
     """How long a client may pause while it sends a body."""
     client_stall_timeout_s: Seconds = 60.0
@@ -86,7 +110,16 @@ class Settings(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Of the router's own log on stderr."""
     tenant_metrics: bool = False
-    """Whether metrics carry the tenant's name."""
+    """Whether metrics and traces carry the tenant's name."""
+    otlp_endpoint: Annotated[str, AfterValidator(check_otlp_endpoint)] | None = None
+    """Traces every request, and posts spans to this collector: http(s)://host[:port], to which
+    /v1/traces is added. Needs the extra `otel`. Unset: OTEL_EXPORTER_OTLP_ENDPOINT, else no traces.
+    Headers, TLS, batching and attributes come from the standard OTEL_* variables."""
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    """Share of requests that are traced, of those that bring no trace context; for the others their
+    sender has decided. Unset: OTEL_TRACES_SAMPLER, else 1."""
+    trace_service_name: str = ""
+    """`service.name` of the spans. Unset: OTEL_SERVICE_NAME, else detoserve-router."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

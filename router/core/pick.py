@@ -1,9 +1,8 @@
 """Which of the candidates gets the request.
 
 Filter first (health, capacity, already tried), then the arm by weight, then the policy among its
-replicas. Pure: load is a mapping and chance is a `random.Random` passed in. Policies that weigh
-caches, sessions and distances are not built yet: they act as least-load, and `effective_policy`
-says so.
+replicas. Pure: load is a mapping and chance is a `random.Random` passed in. A policy that is not built
+yet acts as least-load, and `effective_policy` says so. Not here: policies that weigh caches (route).
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ from typing import Final, Protocol
 
 from router.core.snapshot import Candidate
 
-_BUILT: Final = frozenset({"round-robin", "least-load", "random-two-choices"})
+SCORED: Final = frozenset({"expected-latency", "linear"})
+"""Policies that weigh what replicas hold of the prompt: decided by `route`, not here."""
+_BUILT: Final = frozenset({"round-robin", "least-load", "random-two-choices"}) | SCORED
 
 
 class Chance(Protocol):
@@ -44,7 +45,7 @@ def available(
     ]
 
 
-def _by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
+def by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
     """Replicas of one arm, chosen by weight; all of them where the weights are equal."""
     weights = {c.deployment: c.weight for c in candidates}
     if len(weights) == 1 or len(set(weights.values())) == 1:
@@ -65,13 +66,13 @@ def pick(
     turn: int,
     chance: Chance,
 ) -> Candidate | None:
-    """One of the available candidates, or None when there is none.
+    """One of the available candidates of one arm, or None when there is none.
 
     `turn` is how many requests of the function came before: round-robin goes by it.
     """
     if not candidates:
         return None
-    pool = _by_weight(candidates, chance)
+    pool = candidates
     if len(pool) == 1:
         return pool[0]
     policy = effective_policy(policy)

@@ -1,0 +1,141 @@
+"""What this process has learned of its replicas, and the decisions it makes from it.
+
+Holds the prefix index, the loads and the speeds that the pure core works on, gives every replica a
+slot in them, and tells them what becomes of each request. Not here: the rule itself (core.score), or
+which replicas may be candidates (core.pick, core.health).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final
+
+import msgspec
+
+from router.core.api import Endpoint
+from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
+from router.core.index import PrefixIndex
+from router.core.load import Ticket
+from router.core.pick import SCORED, Chance
+from router.core.route import Candidates, Choice, States, choose, dispatched
+from router.core.snapshot import Candidate, Snapshot
+from router.core.speeds import Speeds
+from schemas.wire.routing import Function
+
+_REFRESH_S: Final = 1.0
+_GROUPS_MAX: Final = 4096
+_CACHED_TASKS: Final = frozenset({"chat", "completions", "responses", "messages"})
+_decode: Final = msgspec.json.Decoder().decode
+
+
+class Sent:
+    """One attempt, counted from before it is sent until it is over, whichever way."""
+
+    __slots__ = ("_brain", "_choice", "_prompt", "_speeds", "_ticket")
+
+    def __init__(self, brain: Brain, speeds: Speeds, choice: Choice, prompt: Prompt) -> None:
+        self._brain = brain
+        self._speeds = speeds
+        self._choice = choice
+        self._prompt = prompt
+        self._ticket: Ticket | None = None
+
+    def __enter__(self) -> None:
+        now = self._brain.now()
+        self._ticket = dispatched(
+            self._choice, self._prompt, self._brain.states, self._speeds, now=now
+        )
+
+    def first_token(self, *, streamed: bool) -> None:
+        """Some of the answer's body is there. Only in a stream does that time the prefill alone."""
+        assert self._ticket is not None
+        at_front_s = self._brain.states.load.first_token(self._ticket, self._brain.now())
+        if at_front_s is not None and streamed:
+            choice = self._choice
+            away_s = self._speeds.rtt_s.get(choice.slot, 0.0)
+            self._speeds.learn(
+                choice.slot, choice.hit_tokens, self._prompt.tokens, at_front_s - away_s
+            )
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._ticket is not None:
+            self._brain.states.load.finish(self._ticket, self._brain.now())
+
+
+class Brain:
+    """Owned by one event loop, like the state it follows."""
+
+    def __init__(self, index_blocks: int) -> None:
+        self.states = States(PrefixIndex(index_blocks))
+        self.now = asyncio.get_running_loop().time
+        self._slots: dict[str, int] = {}
+        self._functions: dict[str, str] = {}
+        self._free: list[int] = []
+        self._speeds: dict[str, Speeds] = {}
+        self._groups: dict[tuple[str, ...], Candidates] = {}
+        self._refreshed_at = 0.0
+
+    def installed(self, snapshot: Snapshot) -> None:
+        """Replicas that are new get a slot, those that are gone give theirs back."""
+        rtt_s = {cluster.name: cluster.rtt_s or 0.0 for cluster in snapshot.table.clusters}
+        self._groups.clear()
+        for replica in [r for r in self._slots if r not in snapshot.replicas]:
+            slot = self._slots.pop(replica)
+            self.states.index.remove(slot)
+            self._speeds[self._functions.pop(replica)].remove(slot)
+            self._free.append(slot)
+        for replica, candidate in snapshot.replicas.items():
+            if replica not in self._slots:
+                slot = self._free.pop() if self._free else len(self._slots)
+                self._slots[replica] = slot
+                self._functions[replica] = candidate.function
+                self.states.index.add(slot)
+                self.states.load.add(slot)
+                speeds = self._speeds.setdefault(candidate.function, Speeds())
+                speeds.add(slot, self.now(), rtt_s.get(candidate.cluster, 0.0))
+        for name in self._speeds.keys() - snapshot.functions.keys():
+            if name not in self._functions.values():
+                del self._speeds[name]
+
+    def prompt(self, function: Function, endpoint: Endpoint, body: bytes) -> Prompt | None:
+        """What routing needs to know of a body; None where the function's policy needs nothing."""
+        if function.policy.name not in SCORED:
+            return None
+        if endpoint.task not in _CACHED_TASKS or endpoint.multipart:
+            return uncached_prompt(len(body))
+        request = _decode(body)
+        salt = request.get("cache_salt")
+        seed = chain_seed(function.served_name, salt if isinstance(salt, str) else "")
+        return read_prompt(request, seed)
+
+    def choose(
+        self, pool: Sequence[Candidate], function: Function, prompt: Prompt, chance: Chance
+    ) -> tuple[Candidate, Sent]:
+        """The candidate for this attempt, and how to count it."""
+        now = self.now()
+        speeds = self._speeds[function.name]
+        if now - self._refreshed_at >= _REFRESH_S:
+            self._refreshed_at = now
+            for each in self._speeds.values():
+                each.refresh(now)
+        key = tuple([candidate.id for candidate in pool])
+        group = self._groups.get(key)
+        if group is None:
+            if len(self._groups) >= _GROUPS_MAX:
+                self._groups.clear()
+            group = self._groups[key] = Candidates([self._slots[name] for name in key], key)
+        choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
+        return pool[choice.position], Sent(self, speeds, choice, prompt)
+
+    def connected(self, candidate: Candidate, seconds: float) -> None:
+        """Opening a connection took one round trip."""
+        slot = self._slots.get(candidate.id)
+        if slot is not None:
+            self._speeds[candidate.function].measured_rtt(slot, seconds)
