@@ -42,10 +42,16 @@ def check_otlp_endpoint(url: str) -> str:
         ValueError: it is no such URL, or holds what would end up in a log.
     """
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ValueError("give the collector as http(s)://host[:port][/path]")
     if parts.username is not None:
         raise ValueError("credentials do not go into the URL, but into OTEL_EXPORTER_OTLP_HEADERS")
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.port == 0
+        or parts.query
+        or parts.fragment
+    ):
+        raise ValueError("give the collector as http(s)://host[:port][/path]")
     return url
 
 
