@@ -63,13 +63,18 @@ def refuse(refusal: Refusal, request_id: str, *, close: bool = False) -> web.Res
 
 
 class ClientConnection(web.RequestHandler):
-    """aiohttp's protocol, which tells the running relay when the client reads too slowly."""
+    """aiohttp's protocol, which tells the running relay when the client reads too slowly or leaves."""
 
     __slots__ = ("relay",)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.relay: Relay | None = None
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        if self.relay is not None:
+            self.relay.client_left()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -203,6 +203,12 @@ class Relay:
                 self._timer = self._loop.call_later(self._between_s, self._check_between)
             upstream.resume_reading()
 
+    def client_left(self) -> None:
+        """Nobody is there to write to: ends the exchange before the engine's next bytes are read."""
+        if not self.complete:
+            self._connection.close()
+            self._end(ClientGone("the client left"))
+
     # Inside.
 
     def _write(self, data: bytes, head_lines: bytes = b"") -> None:

@@ -364,3 +364,33 @@ async def test_after_a_storm_of_disconnects_every_counter_is_zero(tmp_path):
                         return stats["running"] == stats["waiting"] == 0
 
                 await eventually(idle, timeout_s=3)
+
+
+async def flood(_, writer):
+    writer.write(SSE_HEAD)
+    while True:
+        for _ in range(50):
+            writer.write(chunk(EVENT))
+        await writer.drain()
+        await asyncio.sleep(0)
+
+
+async def test_bytes_that_come_as_the_client_leaves_raise_nothing(tmp_path):
+    errors = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
+    async with (
+        fake_engine(flood) as engine,
+        running_router(routing_table(function(engine.url)), tmp_path) as router,
+    ):
+
+        async def leave() -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
+            writer.write(post(STREAM))
+            await reader.readuntil(b"data: ")
+            writer.transport.abort()
+
+        for _ in range(20):
+            await asyncio.gather(*(leave() for _ in range(5)))
+        await eventually(lambda: engine.open == 0)
+        router.assert_idle()
+    assert errors == []
