@@ -353,6 +353,43 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(tmp_path):
         await eventually(renewed)
 
 
+async def test_a_drain_takes_nothing_new_and_lets_streams_finish(tmp_path):
+    go_on = asyncio.Event()
+
+    async def held(_: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(SSE_HEAD + event("first"))
+        await go_on.wait()
+        writer.write(event("second") + END)
+
+    async with (
+        fake_engine(held) as engine,
+        routers(engine, tmp_path) as (router,),
+        running_envoy(tmp_path, router.url) as envoy,
+        connected(envoy) as client,
+    ):
+        stream = await client.chat.completions.create(model="sim", messages=MESSAGES, stream=True)
+        await envoy.ask("/drain_listeners", method="POST")
+
+        async def refused() -> bool:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", envoy.port)
+            except ConnectionRefusedError:
+                return True
+            writer.close()
+            return False
+
+        await eventually(refused)
+        assert await envoy.stat("http.https.downstream_rq_active") == 1
+        go_on.set()
+        texts = [part.choices[0].delta.content async for part in stream]
+        assert texts == ["first", "second"]
+
+        async def quiet() -> bool:
+            return await envoy.stat("http.https.downstream_rq_active") == 0
+
+        await eventually(quiet)
+
+
 async def test_a_client_without_tls_is_turned_away(tmp_path):
     async with fake_engine() as engine, running_envoy(tmp_path, engine.url) as envoy:
         with pytest.raises((aiohttp.ClientError, ConnectionError)):
