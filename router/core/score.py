@@ -4,7 +4,7 @@
 argmax is the argmin of expected time to the first token, with prefill priced by how busy the fleet is:
 
     T(h, n) = c ((n-h) p + (n^2-h^2) q)       seconds of prefill for the n-h tokens not cached
-    rho     = min(.9, share of replicas with prefill pending);  lambda = .5 + 1.5 rho/(1-rho)
+    rho     = min(.9, mean of min(1, backlog/T(0, n)));  lambda = .5 + 1.5 rho/(1-rho)
     saved   = (1+lambda) (T(0, n) - T(h, n))
     wait    = (backlog + T(h, n)) slow - T(h, n) + mu kv_used
     H       = max(max saved, max wait .35/.25, max rtt .35/.15)
@@ -12,7 +12,9 @@ argmax is the argmin of expected time to the first token, with prefill priced by
     N       = 1 - rtt/(H .15/.35)      S = pinned .3 s/(H .25/.35), at most 1
     score   = .35 K + .25 S + .25 L + .15 N
 
-T(0, n) in `saved` is the slowest candidate's, one number for all: with each one's own, a replica would be
+rho goes by how much is queued beside what this prompt would cost, not by how many queues there are:
+many short turns, each done in a moment, would else price prefill as if the fleet were full. T(0, n)
+in `saved` is the slowest candidate's, one number for all: with each one's own, a replica would be
 credited for being slow. The choice is made on costs, which are the score without H and turned
 round; the horizon is worked out only where it decides, or where a person asks. Not here: which
 replicas are candidates (pick), or what is known of them (load, speeds, index).
@@ -84,10 +86,18 @@ class Fleet:
         """T(h, n) where the factor is 1."""
         return (tokens - cached) * self.p + (tokens * tokens - cached * cached) * self.q
 
-    @property
-    def rho(self) -> float:
-        """Share of candidates with prefill pending."""
-        return 1 - self.ready_at.count(-inf) / len(self)
+    def rho(self, tokens: float) -> float:
+        """How busy they are on average: one with as much queued as this prompt would cost counts whole."""
+        cost_s = self.prefill_s(0.0, tokens)
+        if not cost_s:
+            return 0.0
+        now = self.now
+        queued_s = [
+            (x if (x := at - now) > floor else floor)
+            for at, floor in zip(self.ready_at, self.floor_s, strict=True)
+            if at != -inf
+        ]
+        return sum([min(cost_s, x) for x in queued_s]) / (cost_s * len(self))
 
 
 Held = Sequence[tuple[float, Sequence[int]]]
@@ -119,7 +129,7 @@ class Ranking:
         self.held = held
         self.pinned = pinned
         self.weights = weights
-        self.price = price(fleet.rho if rho is None else rho)
+        self.price = price(fleet.rho(tokens) if rho is None else rho)
         self.costs_s = self._costs()
         """Without the session's bonus."""
         self.bonus_s = 0.0 if pinned is None else self._bonus(pinned)
