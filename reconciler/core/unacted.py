@@ -20,7 +20,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "scaling.target",
         "scaling.upscaleDelay",
         "scaling.downscaleDelay",
-        "routing.fallbacks",
+        "routing.sessionAffinity",
         "limits",
         "price",
     ),
@@ -41,7 +41,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "rollout.steps",
         "rollout.gates",
     ),
-    "Platform": (),
+    "Platform": ("routing.sessionAffinity",),
 }
 
 _PATHS: Final = {
