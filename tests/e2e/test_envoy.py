@@ -142,9 +142,7 @@ async def test_a_client_that_leaves_frees_the_engine_within_a_second(tmp_path, p
                 await engine.gone.wait()
 
         async def nothing_runs() -> bool:
-            url = f"{router.ready['admin_url']}/status"
-            async with envoy.session.get(url) as response:
-                return (await response.json())["in_flight"] == 0
+            return await in_flight(envoy, router) == 0
 
         await eventually(nothing_runs, timeout_s=2)
 
@@ -285,6 +283,16 @@ async def test_without_a_ready_router_the_refusal_is_one_that_clients_understand
         assert not [r for r in unready.received if r.line.startswith(b"POST ")]
 
 
+async def both_are_known(envoy: Envoy) -> bool:
+    return await envoy.stat("cluster.routers.membership_healthy") == 2
+
+
+async def in_flight(envoy: Envoy, router: Program) -> int:
+    """Requests that the router carries, by its own word."""
+    async with envoy.session.get(f"{router.ready['admin_url']}/status") as response:
+        return int((await response.json())["in_flight"])
+
+
 async def test_a_router_that_is_killed_loses_no_request_without_a_first_byte(tmp_path):
     go_on = asyncio.Event()
     long = [{"role": "user", "content": "x" * 200_000}]
@@ -299,13 +307,17 @@ async def test_a_router_that_is_killed_loses_no_request_without_a_first_byte(tmp
         running_envoy(tmp_path, first.url, second.url) as envoy,
         connected(envoy) as client,
     ):
+        await eventually(lambda: both_are_known(envoy))
         asked = [
             asyncio.create_task(client.chat.completions.create(model="sim", messages=long))
             for _ in range(10)
         ]
         await eventually(lambda: engine.open == 10)
-        first.signal(signal.SIGKILL)
-        await eventually(lambda: len(engine.received) > 10 and engine.open == 10)
+        carried = {router.url: await in_flight(envoy, router) for router in (first, second)}
+        assert sum(carried.values()) == 10
+        victim = max((first, second), key=lambda router: carried[router.url])
+        victim.signal(signal.SIGKILL)
+        await eventually(lambda: len(engine.received) == 10 + carried[victim.url])
         go_on.set()
         for answer in await asyncio.gather(*asked):
             assert answer.choices[0].message.content == "hello"
