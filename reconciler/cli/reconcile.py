@@ -51,6 +51,14 @@ def run(
         float,
         typer.Option(min=1, help="How long another waits after this reconciler was last heard of."),
     ] = 15.0,
+    signing_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Key that signs routing tables, made where missing; reconcilers that take over from one "
+            "another need the same. [default: one in the state directory]",
+        ),
+    ] = None,
     webhook_host: Annotated[str, typer.Option(help="Address of the webhook.")] = "127.0.0.1",
     webhook_port: Annotated[
         int | None,
@@ -94,6 +102,7 @@ def run(
         redis_url=redis_url,
         owner=owner,
         lease_ttl_s=lease_ttl_s,
+        signing_key_file=signing_key_file,
         webhook_host=webhook_host,
         webhook_port=webhook_port,
         webhook_secret=secret,

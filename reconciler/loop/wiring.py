@@ -55,6 +55,8 @@ class ReconcilerSettings:
     redis_url: str
     owner: str
     lease_ttl_s: float = 15.0
+    signing_key_file: Path | None = None
+    """Of routing tables; several reconcilers of one repo share it. None: one in the state directory."""
     webhook_host: str = "127.0.0.1"
     webhook_port: int | None = None
     webhook_secret: str = ""
@@ -74,7 +76,9 @@ class Assembly:
         self._on_world = on_world
         self._on_source_problem = on_source_problem
         settings.state_dir.mkdir(parents=True, exist_ok=True)
-        self._key = signing_key.load_or_create(settings.state_dir / "routes-signing-key.pem")
+        self._key = signing_key.load_or_create(
+            settings.signing_key_file or settings.state_dir / "routes-signing-key.pem"
+        )
         self.public_key = public_key_hex(self._key)
         """What routers need to believe a table."""
         self._local = LocalBackend(settings.state_dir, settings.owner, notify=self._wake)

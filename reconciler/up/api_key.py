@@ -21,7 +21,9 @@ from schemas.tenant import Tenant
 
 
 def api_key_for(repo: ConfigRepo, path: str, state_dir: Path) -> str | None:
-    """A key that the repo's tenants have; made and committed where `up` made the repo. Else None.
+    """A key that the repo's tenants have: the one kept here, or a new one, committed. Else None.
+
+    One is made only in a repo that `up` made, and only while nobody in it has a key.
 
     Raises:
         SourceInvalid: the repo just made cannot be edited or committed to.
@@ -36,7 +38,8 @@ def api_key_for(repo: ConfigRepo, path: str, state_dir: Path) -> str | None:
     known = _read(file)
     if known is not None and api_keys.digest(known).hex() in hashes:
         return known
-    if not repo.created or not tenants:
+    # A key of ours that Git does not know is left of an `up` that was killed before it committed.
+    if not repo.ours or not tenants or (hashes and not repo.created):
         return None
     tenant = tenants[0].metadata.name
     key = api_keys.create()

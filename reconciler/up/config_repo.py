@@ -18,15 +18,17 @@ from reconciler.errors import SourceInvalid
 
 AUTHOR: Final = Actor("DetoServe", "detoserve@localhost")
 BRANCH: Final = "main"
+FIRST_COMMIT: Final = "Start from the DetoServe example"
 
 
 @dataclass(frozen=True, slots=True)
 class ConfigRepo:
-    """`created` tells that it was made just now."""
+    """`ours`: it was made from the example, now or by an earlier `up`; `created`: just now."""
 
     path: Path
     branch: str
     created: bool
+    ours: bool
 
 
 def example_source() -> Path:
@@ -64,15 +66,20 @@ def open_or_create(path: Path) -> ConfigRepo:
         return _create(path)
     with repo:
         branch = BRANCH if repo.head.is_detached else repo.active_branch.name
-    return ConfigRepo(path, branch, created=False)
+        ours = repo.head.is_valid() and _first_subject(repo) == FIRST_COMMIT
+    return ConfigRepo(path, branch, created=False, ours=ours)
 
 
 def _create(path: Path) -> ConfigRepo:
     shutil.copytree(example_source(), path, dirs_exist_ok=True)
     repo = Repo.init(path, initial_branch=BRANCH)
     with repo:
-        commit_all(repo, "Start from the DetoServe example")
-    return ConfigRepo(path, BRANCH, created=True)
+        commit_all(repo, FIRST_COMMIT)
+    return ConfigRepo(path, BRANCH, created=True, ours=True)
+
+
+def _first_subject(repo: Repo) -> str:
+    return str(repo.git.log("--max-parents=0", "--format=%s", "--max-count=1"))
 
 
 def commit_all(repo: Repo, message: str) -> str:
