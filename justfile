@@ -45,6 +45,10 @@ bench:
     python tests/bench/bench_passes.py
     python tests/bench/bench_core.py
 
+# The router beside the SGLang router and vllm-router (PyPI, kept in $DETOSERVE_TEST_CACHE), in some four minutes
+bench-router *args:
+    python tests/bench/bench_router.py "$@"
+
 # Everything on this machine, from a copy of the example config repo
 demo *args:
     detoserve up "$@"

@@ -1,6 +1,6 @@
 """A router under everything at once, for as long as one likes: does it keep its memory and its count?
 
-    python tests/bench/soak_router.py --seconds 1800
+    python tests/bench/soak_router.py --seconds 1800 --pause-s 0.3
 
 Unique prompts, streams and whole answers, clients that leave at any moment, engines that refuse, hang
 and die mid-stream, and a new routing table every few seconds. Prints the router's memory and open
@@ -40,8 +40,11 @@ def memory_mib(pid: int) -> float:
 class Soak:
     """Clients, trouble-makers and a table writer around one router."""
 
-    def __init__(self, url: str, engines: list[str], routes: Path, until: float) -> None:
+    def __init__(
+        self, url: str, engines: list[str], routes: Path, *, until: float, pause_s: float
+    ) -> None:
         self._url = f"{url}/v1/chat/completions"
+        self._pause_s = pause_s
         self._engines = engines
         self._routes = routes
         self._until = until
@@ -56,6 +59,7 @@ class Soak:
         chance = random.Random(number)
         session = aiohttp.ClientSession(headers=headers)
         while time.monotonic() < self._until:
+            await asyncio.sleep(chance.random() * 2 * self._pause_s)
             body = {
                 "model": "sim" if chance.random() < 0.98 else "unknown",
                 "messages": [{"role": "user", "content": chance.randbytes(400).hex()}],
@@ -100,7 +104,7 @@ class Soak:
             fresh.replace(self._routes)
 
 
-async def soak(seconds: float, clients: int) -> bool:
+async def soak(seconds: float, clients: int, pause_s: float) -> bool:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines = [
@@ -124,7 +128,7 @@ async def soak(seconds: float, clients: int) -> bool:
             )
         )
         until = time.monotonic() + seconds
-        work = Soak(router.url, engines, routes, until)
+        work = Soak(router.url, engines, routes, until=until, pause_s=pause_s)
         running = asyncio.gather(
             *(work.client(number) for number in range(clients)), work.trouble(), work.tables()
         )
@@ -149,5 +153,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--clients", type=int, default=40)
+    parser.add_argument("--pause-s", type=float, default=0.0, help="mean, between requests")
     chosen = parser.parse_args()
-    sys.exit(0 if asyncio.run(soak(chosen.seconds, chosen.clients)) else 1)
+    sys.exit(0 if asyncio.run(soak(chosen.seconds, chosen.clients, chosen.pause_s)) else 1)
