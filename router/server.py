@@ -24,6 +24,7 @@ from router.openapi import document
 from router.proxy import Proxy
 from router.records import RequestRecord
 from router.state import RouterState
+from router.turns import Turns
 from schemas.wire.routing import Function
 
 _OPENAPI: Final = orjson.dumps(document())
@@ -79,6 +80,7 @@ class Api:
         self._state = state
         self._proxy = proxy
         self._finished = finished
+        self._turns = Turns()
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         path = request.raw_path.partition("?")[0]
@@ -86,6 +88,9 @@ class Api:
         if endpoint is None or request.method != "POST":
             endpoint = stored(request.method, path)
         if endpoint is not None:
+            turn = self._turns.take()
+            if turn is not None:
+                await turn
             return await self._proxy.serve(request, endpoint)
         record = self._proxy.record(request, "")
         try:
