@@ -9,6 +9,7 @@ else to stderr. Not here: any command.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple
@@ -110,6 +111,18 @@ def main() -> None:
             raise
         complain(str(_first(known)))
         sys.exit(UNASKABLE)
+    finally:
+        _lose_what_stderr_cannot_take()
+
+
+def _lose_what_stderr_cannot_take() -> None:
+    """A full disk behind stderr must not turn the exit code into Python's 120."""
+    try:
+        sys.stderr.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stderr.fileno())
+        os.close(null)
 
 
 def _first(error: BaseException) -> BaseException:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any, Final, Literal, NoReturn
 
 import typer
@@ -47,7 +48,8 @@ def command_app(**options: Any) -> typer.Typer:
 
 def complain(message: str) -> None:
     """One error, for people: what is wrong, and what would be right."""
-    sys.stderr.write(f"{painter(sys.stderr)('error:', 'error')} {message}\n")
+    with suppress(OSError):  # a full disk behind stderr: the exit code still says it
+        sys.stderr.write(f"{painter(sys.stderr)('error:', 'error')} {message}\n")
 
 
 def fail(message: str, code: int = UNASKABLE) -> NoReturn:
@@ -62,7 +64,8 @@ def fail(message: str, code: int = UNASKABLE) -> NoReturn:
 
 def note(message: str = "") -> None:
     """What a person wants to know and a script does not: on stderr."""
-    sys.stderr.write(f"{message}\n")
+    with suppress(OSError):
+        sys.stderr.write(f"{message}\n")
 
 
 def answer(text: str) -> None:

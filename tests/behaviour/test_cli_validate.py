@@ -182,3 +182,12 @@ def test_schemas(tmp_path: Path) -> None:
     refused = detoserve("schemas", tmp_path / "file")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
+
+
+def test_a_full_disk_behind_stderr_does_not_change_the_exit_code(tmp_path):
+    detoserve = Path(sys.executable).parent / "detoserve"
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - a device
+        done = subprocess.run(
+            [detoserve, "validate", tmp_path / "missing"], stderr=full, check=False, timeout=30
+        )
+    assert done.returncode == 2
