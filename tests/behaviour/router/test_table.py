@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import statistics
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -206,10 +207,13 @@ async def test_redis_lost_in_any_way_loses_no_request(tmp_path, harm):
                     await redis.set(redis_keys.ROUTES_CURRENT, b"\x93garbage")
                     await redis.set(redis_keys.ROUTES_GENERATION, "many")
         end = time.monotonic() + 1.0  # several polls and time-outs long
+        took_s = []
         while time.monotonic() < end:
             started = time.monotonic()
             assert await answers(router)
-            assert time.monotonic() - started < 0.2
+            took_s.append(time.monotonic() - started)
+        # Their median, as a busy machine may hold up any one: had they waited for Redis, all would.
+        assert statistics.median(took_s) < 0.1
         if harm == "kill":
             await valkey.start()
         elif harm == "hang":

@@ -128,12 +128,14 @@ async def test_a_worker_that_dies_is_started_again_and_none_outlives_the_supervi
         before = children(router.process.pid)
         victim = min(before)
         os.kill(victim, signal.SIGKILL)
-        await eventually(lambda: len(children(router.process.pid) - {victim}) == 2, timeout_s=15)
+        await eventually(lambda: len(children(router.process.pid) - {victim}) == 2, timeout_s=40)
         for _ in range(10):
-            assert b" 200 " in await raw(port_of(router.url), post(CHAT), timeout_s=15)
+            assert b" 200 " in await raw(port_of(router.url), post(CHAT), timeout_s=40)
         now = children(router.process.pid)
         router.signal(signal.SIGKILL)
-        await eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in now))
+        await eventually(
+            lambda: not any(Path(f"/proc/{pid}").exists() for pid in now), timeout_s=40
+        )
 
 
 async def test_a_taken_port_is_said_and_not_shared(tmp_path):
