@@ -110,10 +110,14 @@ class Brain:
             return None
         if endpoint.task not in _CACHED_TASKS or endpoint.multipart:
             return uncached_prompt(len(body))
-        request = _decode(body)
-        salt = request.get("cache_salt")
-        seed = chain_seed(function.served_name, salt if isinstance(salt, str) else "")
-        return read_prompt(request, seed)
+        try:
+            request = _decode(body)
+            salt = request.get("cache_salt")
+            seed = chain_seed(function.served_name, salt if isinstance(salt, str) else "")
+            return read_prompt(request, seed)
+        except RecursionError:
+            # Too deep to render is not too deep for the engine to judge.
+            return uncached_prompt(len(body))
 
     def choose(
         self, pool: Sequence[Candidate], function: Function, prompt: Prompt, chance: Chance

@@ -90,7 +90,7 @@ def _add_part(out: list[str], part: Any) -> None:
     kind = part.get("type")
     # Clients move cache marks along from turn to turn; identifiers are in no prompt.
     rest = {k: v for k, v in part.items() if k not in ("cache_control", "id", "tool_use_id")}
-    if kind in _MEDIA:
+    if isinstance(kind, str) and kind in _MEDIA:
         out += ("\x03", xxh3_128_hexdigest(_encode(rest)))
     elif kind == "tool_result":
         out.append("\x03")

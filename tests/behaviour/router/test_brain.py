@@ -9,7 +9,15 @@ from openai import AsyncOpenAI
 from agent.simulated.server import running_engine
 from agent.simulated.settings import EngineSettings
 from schemas.wire.routing import Policy
-from tests.behaviour.router.harness import KEY, function, routing_table, running_router
+from tests.behaviour.router.harness import (
+    KEY,
+    fake_engine,
+    function,
+    post,
+    raw,
+    routing_table,
+    running_router,
+)
 
 SYSTEM = "You are a helpful assistant who answers at length. " * 40
 
@@ -48,3 +56,21 @@ async def test_a_conversation_returns_to_the_replica_that_holds_it(tmp_path) -> 
             load = running.router.brain.states.load
             assert set(load.requests) == {0}
             assert max(load.ready_at) == float("-inf")
+
+
+async def test_no_body_is_too_odd_to_be_passed_on(tmp_path) -> None:
+    served = Policy(name="expected-latency")
+    async with fake_engine() as engine:
+        table = routing_table(function(engine.url, engine.url + "/b", policy=served))
+        async with running_router(table, tmp_path) as running:
+            for depth in (1, 300, 480, 900, 960, 990):
+                nested = (
+                    '{"type":"tool_result","content":' * depth + '""' + "}" * depth,
+                    "[" * depth + "]" * depth,
+                    '{"type":[]}',
+                )
+                for content in nested:
+                    body = f'{{"model":"sim","messages":[{{"role":"user","content":[{content}]}}]}}'
+                    answer = await raw(running.port, post(body.encode()))
+                    assert answer.split()[1] in (b"200", b"400"), answer[:200]
+            running.assert_idle()

@@ -172,3 +172,28 @@ def test_any_json_renders_and_always_to_the_same(request):
 @given(st.lists(st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name"]), JSON)))
 def test_any_message_renders(messages):
     assert render({"messages": messages}).startswith(b"\x01" if messages else b"")
+
+
+WEIRD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "image_url", "function", "name"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["messages", "prompt", "input", "system", "tools", "documents"]),
+        WEIRD,
+        max_size=4,
+    )
+)
+def test_whatever_json_a_client_sends_has_a_prompt(request_):
+    assert read_prompt(request_, 1).tokens >= 0
