@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 
 from reconciler.backends.base import Backend
-from reconciler.core.action import Effect, Noop, Plan
+from reconciler.core.action import Delete, Effect, Noop, Plan
 from reconciler.core.backoff import delay_s
 from reconciler.core.compile import compile_workloads, platform_of
 from reconciler.core.last_good import Effective, Objects, effective
@@ -352,7 +352,7 @@ class Reconciler:
         name = action.name
         wanted = memory.desired.workloads.get(name)
         backend = self._backends[
-            action.backend if not hasattr(action, "workload") else action.workload.backend
+            action.backend if isinstance(action, Delete) else action.workload.backend
         ]
         log.info("%s %s: %s", type(action).__name__.lower(), name, action.reason)
         before = memory.failures.get(name)

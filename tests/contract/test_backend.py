@@ -90,17 +90,8 @@ class ExternalWorld:
         self._urls = [f"http://127.0.0.1:{address[1]}" for address in runner.addresses]
         self.backend = ExternalBackend(notify=lambda: None)
 
-    async def reopen(self) -> None:
-        raise NotImplementedError
-
     def workload(self, *, replicas: int = 1, spec: str = "one") -> Workload:
         return external_workload(self._urls[:replicas], replicas=replicas, spec=spec)
-
-    def make_foreign(self, workload: Workload) -> None:
-        raise NotImplementedError
-
-    def break_it(self) -> None:
-        raise NotImplementedError
 
     def move(self) -> None:
         pass
