@@ -3,12 +3,14 @@
 A state machine of requests, pure: time is passed in. A request is counted before it is sent, and its ticket
 gives back exactly what it took, however often and in whatever order its transitions come. The
 backlog is work, not a count: seconds of prefill that have not come to a first token, less what the
-one at the front has run. Not here: what a request's work is (speeds), or how the shares of other
-routers come in.
+one at the front has run. An engine has one queue, whoever fills it: with the shares of other routers,
+the front is the oldest of all, and it began when the last before it was done, whosever that was.
+Not here: what a request's work is (speeds), or how the shares of other routers come in (sharing).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
 from typing import Final, Literal
@@ -16,20 +18,19 @@ from typing import Final, Literal
 Phase = Literal["prefill", "decode", "done"]
 
 _IDLE: Final = -inf
-_LONG_AGO: Final = -1e12
-"""Others have work there, this router has none: not idle, and no head whose time could be told."""
 
 
 class _Queue:
     """One replica's requests from this router."""
 
-    __slots__ = ("head_since", "kv_tokens", "pending", "requests", "slot", "work_s")
+    __slots__ = ("departed_at", "kv_tokens", "pending", "requests", "slot", "work_s")
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.pending: dict[Ticket, None] = {}
         """Not at their first token yet, oldest first: engines serve in this order."""
-        self.head_since = 0.0
+        self.departed_at = _IDLE
+        """When the last at the front came to its first token."""
         self.work_s = 0.0
         self.requests = 0
         self.kv_tokens = 0.0
@@ -38,12 +39,13 @@ class _Queue:
 class Ticket:
     """One request on one replica: what was counted for it, to be given back."""
 
-    __slots__ = ("_queue", "kv_tokens", "phase", "work_s")
+    __slots__ = ("_queue", "kv_tokens", "phase", "sent_at", "work_s")
 
-    def __init__(self, queue: _Queue, work_s: float, kv_tokens: float) -> None:
+    def __init__(self, queue: _Queue, work_s: float, kv_tokens: float, sent_at: float) -> None:
         self._queue = queue
         self.work_s = work_s
         self.kv_tokens = kv_tokens
+        self.sent_at = sent_at
         self.phase: Phase = "prefill"
 
     @property
@@ -53,11 +55,46 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one other router has on one replica."""
+    """What one router has on one replica; times are on the clock of whoever reads it."""
+
+    work_s: float = 0.0
+    """Prefill not at its first token, whole: what has run of it follows from the times."""
+    requests: int = 0
+    kv_tokens: float = 0.0
+    oldest_at: float = inf
+    """When the oldest of that prefill was sent; inf: there is none."""
+    oldest_work_s: float = 0.0
+    departed_at: float = _IDLE
+    """When the last before it came to its first token."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of it is counted any more."""
+        return not self.requests and not self.work_s
+
+
+@dataclass(slots=True)
+class _Others:
+    """The shares of all other routers in one replica, added up."""
 
     work_s: float = 0.0
     requests: int = 0
     kv_tokens: float = 0.0
+    oldest_at: float = inf
+    oldest_work_s: float = 0.0
+    departed_at: float = _IDLE
+
+
+def _added(shares: Iterable[Share]) -> _Others:
+    out = _Others()
+    for share in shares:
+        out.work_s += share.work_s
+        out.requests += share.requests
+        out.kv_tokens += share.kv_tokens
+        out.departed_at = max(out.departed_at, share.departed_at)
+        if share.oldest_at < out.oldest_at:
+            out.oldest_at, out.oldest_work_s = share.oldest_at, share.oldest_work_s
+    return out
 
 
 @dataclass(slots=True)
@@ -82,6 +119,7 @@ class Load:
     _queues: list[_Queue] = field(default_factory=list)
     _engines: list[_Engine] = field(default_factory=list)
     _shares: list[dict[str, Share]] = field(default_factory=list)
+    _others: list[_Others] = field(default_factory=list)
 
     def add(self, slot: int) -> None:
         """A replica with nothing to do, in the place of whatever had the slot before."""
@@ -93,18 +131,18 @@ class Load:
             self._queues.append(_Queue(len(self._queues)))
             self._engines.append(_Engine())
             self._shares.append({})
+            self._others.append(_Others())
         # Tickets of the former replica keep their own queue, which nobody reads any more.
         self._queues[slot] = _Queue(slot)
         self._engines[slot] = _Engine()
         self._shares[slot] = {}
+        self._others[slot] = _Others()
         self._publish(slot)
 
     def dispatch(self, slot: int, work_s: float, kv_tokens: float, now: float) -> Ticket:
         """Counts a request that is about to be sent. Keep the ticket, and `finish` it."""
         queue = self._queues[slot]
-        ticket = Ticket(queue, work_s, kv_tokens)
-        if not queue.pending:
-            queue.head_since = now
+        ticket = Ticket(queue, work_s, kv_tokens, now)
         queue.pending[ticket] = None
         queue.work_s += work_s
         queue.requests += 1
@@ -135,13 +173,23 @@ class Load:
         queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
         at_front_s = None
         if next(iter(queue.pending)) is ticket:
-            at_front_s = max(0.0, now - queue.head_since)
-            queue.head_since = now
+            at_front_s = self._at_front_s(ticket, now)
+            queue.departed_at = now
         del queue.pending[ticket]
         # Sums of floats drift; an empty queue is zero.
         queue.work_s = max(0.0, queue.work_s - ticket.work_s) if queue.pending else 0.0
         self._publish_queue(queue)
         return at_front_s
+
+    def _at_front_s(self, head: Ticket, now: float) -> float | None:
+        queue = head._queue  # noqa: SLF001 - a ticket is this module's own
+        since = max(head.sent_at, queue.departed_at)
+        if self._queues[queue.slot] is queue:
+            others = self._others[queue.slot]
+            if others.oldest_at < head.sent_at:
+                return None  # somebody's stood before it, and when that was done is not known yet
+            since = max(since, others.departed_at)
+        return max(0.0, now - since)
 
     # What others say
 
@@ -151,24 +199,41 @@ class Load:
         self._publish(slot)
 
     def set_share(self, slot: int, router: str, share: Share) -> None:
-        """What another router has there now; an empty share is forgotten."""
-        if share == Share():
-            self._shares[slot].pop(router, None)
-        else:
-            self._shares[slot][router] = share
+        """What another router has there now.
+
+        An empty one still tells when its last prefill was done; `drop_router` forgets it.
+        """
+        self._shares[slot][router] = share
+        self._others[slot] = _added(self._shares[slot].values())
         self._publish(slot)
+
+    def shared(self, router: str) -> list[int]:
+        """Slots where another router has anything."""
+        return [
+            slot
+            for slot, shares in enumerate(self._shares)
+            if (share := shares.get(router)) is not None and not share.is_empty
+        ]
 
     def drop_router(self, router: str) -> None:
         """Another router is gone, and what it had with it."""
         for slot, shares in enumerate(self._shares):
             if shares.pop(router, None) is not None:
+                self._others[slot] = _added(shares.values())
                 self._publish(slot)
 
-    def own_share(self, slot: int, now: float) -> Share:
+    def own_share(self, slot: int) -> Share:
         """This router's part, as other routers should count it."""
         queue = self._queues[slot]
-        ready_at, floor_s = _backlog(queue)
-        return Share(max(0.0, ready_at - now, floor_s), queue.requests, queue.kv_tokens)
+        head = next(iter(queue.pending), None)
+        return Share(
+            queue.work_s,
+            queue.requests,
+            queue.kv_tokens,
+            inf if head is None else head.sent_at,
+            0.0 if head is None else head.work_s,
+            queue.departed_at,
+        )
 
     def backlog_s(self, slot: int, now: float) -> float:
         return max(self.ready_at[slot] - now, self.floor_s[slot])
@@ -178,25 +243,25 @@ class Load:
             self._publish(queue.slot)
 
     def _publish(self, slot: int) -> None:
-        queue, engine, shares = self._queues[slot], self._engines[slot], self._shares[slot]
-        ready_at, floor_s = _backlog(queue)
-        requests, kv_tokens = queue.requests, queue.kv_tokens
-        for share in shares.values():
-            if share.work_s:
-                ready_at = max(ready_at, _LONG_AGO) + share.work_s
-            floor_s += share.work_s
-            requests += share.requests
-            kv_tokens += share.kv_tokens
-        self.ready_at[slot] = ready_at
-        self.floor_s[slot] = floor_s
-        self.requests[slot] = requests
+        queue, engine, others = self._queues[slot], self._engines[slot], self._others[slot]
+        self.ready_at[slot], self.floor_s[slot] = _backlog(queue, others)
+        self.requests[slot] = queue.requests + others.requests
+        kv_tokens = queue.kv_tokens + others.kv_tokens
         estimate = kv_tokens / engine.capacity_tokens if engine.capacity_tokens else 0.0
         self.kv_used[slot] = min(1.0, max(estimate, engine.kv_used))
 
 
-def _backlog(queue: _Queue) -> tuple[float, float]:
-    """(ready_at, floor_s) of one queue."""
-    if not queue.pending:
+def _backlog(queue: _Queue, others: _Others) -> tuple[float, float]:
+    """(ready_at, floor_s) of one engine's queue."""
+    work_s = queue.work_s + others.work_s
+    if queue.pending:
+        head = next(iter(queue.pending))
+        oldest_at, oldest_work_s = head.sent_at, head.work_s
+        if others.oldest_at < oldest_at:
+            oldest_at, oldest_work_s = others.oldest_at, others.oldest_work_s
+    elif others.work_s:
+        oldest_at, oldest_work_s = others.oldest_at, others.oldest_work_s
+    else:
         return _IDLE, 0.0
-    head = next(iter(queue.pending))
-    return queue.head_since + queue.work_s, max(0.0, queue.work_s - head.work_s)
+    since = max(oldest_at, queue.departed_at, others.departed_at)
+    return since + work_s, max(0.0, work_s - oldest_work_s)
