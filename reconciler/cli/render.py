@@ -16,7 +16,6 @@ from typing import Annotated, Any, Final
 import msgspec
 import typer
 
-from reconciler.backends.local.engine_command import Place, engine_argv
 from reconciler.cli.problem_lines import problem_line
 from reconciler.cli.reading import is_url, open_reading
 from reconciler.cli.terminal import (
@@ -30,6 +29,7 @@ from reconciler.cli.terminal import (
 )
 from reconciler.cli.yaml_text import yaml_text
 from reconciler.core.compile import compile_workloads
+from reconciler.core.engine_command import Place, engine_argv
 from reconciler.core.plan import template_data
 from reconciler.core.routes import compile_routes
 from reconciler.core.suggest import suggestion

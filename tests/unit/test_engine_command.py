@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reconciler.backends.local.engine_command import Place, engine_argv, engine_environ
+from reconciler.core.engine_command import Place, engine_argv, engine_environ
 from reconciler.core.workload import Template
 from reconciler.errors import Stalled
 from schemas.function import Model, Readiness, Resources, Runtime

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconciler.backends.local.secret_values import redact, resolve
+from reconciler.backends.secret_values import redact, resolve
 from reconciler.errors import Stalled
 from schemas import api_keys
 from schemas.function import SecretRef

@@ -17,7 +17,6 @@ from reconciler.backends.local.launch import Launch, prepare
 from reconciler.backends.local.processes import Mark, Running, boot_id, is_alive, kill_session
 from reconciler.backends.local.replica import Replica, ReplicaSettings, Surroundings
 from reconciler.backends.local.rollout import Member, Room, Steps, decide
-from reconciler.backends.local.secret_values import resolve
 from reconciler.backends.local.state import (
     ReplicaProcesses,
     ReplicaRecord,
@@ -25,6 +24,7 @@ from reconciler.backends.local.state import (
     WorkloadRecord,
 )
 from reconciler.backends.probe import Prober
+from reconciler.backends.secret_values import resolve
 from reconciler.core.observed import ObservedWorkload, Phase
 from reconciler.core.plan import template_data
 from reconciler.core.workload import Template, Workload

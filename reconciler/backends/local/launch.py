@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from reconciler.backends.local.engine_command import Place, engine_argv, engine_environ
-from reconciler.backends.local.secret_values import resolve
+from reconciler.backends.secret_values import resolve
+from reconciler.core.engine_command import Place, engine_argv, engine_environ
 from reconciler.core.workload import Template
 from reconciler.errors import Stalled
 

@@ -31,9 +31,9 @@ from reconciler.backends.local.processes import (
     send,
     spawn,
 )
-from reconciler.backends.local.secret_values import redact
 from reconciler.backends.local.state import ReplicaProcesses, ReplicaRecord, StateDir
 from reconciler.backends.probe import Prober, follow
+from reconciler.backends.secret_values import redact
 from reconciler.core.backoff import delay_s
 from reconciler.core.observed import ObservedReplica, Phase
 
