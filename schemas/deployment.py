@@ -105,6 +105,13 @@ class Rollout(StrictModel):
         return self
 
 
+class Shadow(StrictModel):
+    """Copies of live requests, to try a model out: the answers are thrown away and billed to nobody."""
+
+    percent: Annotated[float, Field(gt=0, le=100)]
+    """Share of the function's sessions whose requests are copied, whole conversations at a time."""
+
+
 class DeploymentSpec(StrictModel):
     """What runs, for whom, where, and how it changes."""
 
@@ -123,7 +130,9 @@ class DeploymentSpec(StrictModel):
     replicas: Annotated[int, Field(ge=0, le=512)] | None = None
     """Replaces the function's scaling with a fixed number."""
     weight: Annotated[int, Field(ge=0, le=1000)] = 100
-    """Share of the function's sessions, against its other deployments; 0: none."""
+    """Share of the function's sessions; 0: none. All at 100: each goes where it is served soonest."""
+    shadow: Shadow | None = None
+    """Makes it a shadow: it answers nobody and gets copies only; its weight counts for nothing."""
     rollout: Rollout = Field(default_factory=Rollout)
     """How a changed spec replaces the running one."""
     suspend: bool = False

@@ -128,6 +128,7 @@ def compile_workloads(effective: Effective) -> Desired:
             rollout=spec.rollout,
             tenants=tuple(sorted(spec.tenants)),
             weight=spec.weight,
+            shadow_percent=spec.shadow.percent if spec.shadow else 0.0,
         )
     return Desired(
         workloads=workloads,

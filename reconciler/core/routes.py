@@ -54,7 +54,10 @@ def compile_routes(
     arms = _arms(desired, observed, before, {f.metadata.name for f in functions})
     backends = {c.metadata.name: backend_of(c) for c in clusters}
     _add_staying(arms, desired, observed, before, staying, backends)
-    made = [_function(f, platform, arms.of(f.metadata.name)) for f in functions]
+    known = {f.name: f for f in before.functions} if before else {}
+    made = [
+        _dated(_function(f, platform, arms.of(f.metadata.name)), known, revision) for f in functions
+    ]
     gone = _still_running(before, made, arms)
     placed = {place[1] for found in arms.found.values() for place in found}
     here = [_cluster(c) for c in clusters]
@@ -159,7 +162,12 @@ def _add_staying(
             name = workload_name(*place)
             new = by_deployment.get(arm.deployment)
             if new is not None:
-                arm = replace(arm, tenants=new.tenants, weight=new.weight)  # noqa: PLW2901 - its newest audience
+                arm = replace(  # noqa: PLW2901 - its newest audience
+                    arm,
+                    tenants=new.tenants,
+                    weight=new.weight,
+                    shadow_percent=new.shadow_percent,
+                )
             if name in staying:
                 for o in observed:
                     if isinstance(o, Observation) and o.backend != wanted.get(place):
@@ -189,6 +197,7 @@ def _arm(workload: Workload, replicas: tuple[routing.Replica, ...]) -> routing.A
         cluster=workload.cluster,
         tenants=workload.tenants,
         weight=workload.weight,
+        shadow_percent=workload.shadow_percent,
         replicas=replicas,
     )
 
@@ -237,6 +246,15 @@ def _function(
         max_model_len=spec.runtime.max_model_len,
         arms=arms,
     )
+
+
+def _dated(
+    made: routing.Function, known: Mapping[str, routing.Function], revision: str
+) -> routing.Function:
+    """With the commit that set its policy: this one, unless it was like this in the table before."""
+    old = known.get(made.name)
+    since = old.policy_since if old is not None and old.policy == made.policy else ""
+    return replace(made, policy_since=since or revision)
 
 
 def _policy(spec: function.FunctionSpec, platform: PlatformSpec) -> routing.Policy:

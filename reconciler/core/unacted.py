@@ -38,6 +38,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "Deployment": (
         "placement.constraints.spot",
         "placement.constraints.maxPricePerHour",
+        "shadow",
         "rollout.steps",
         "rollout.gates",
     ),

@@ -46,6 +46,7 @@ class Workload:
     tenants: tuple[str, ...] = ()
     """Empty: shared."""
     weight: int = 100
+    shadow_percent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,6 +111,25 @@ def _may_use(tenant: Tenant, function: Function) -> bool:
     return any(fnmatchcase(function.name, pattern) for pattern in tenant.models)
 
 
+def kept_from(arm: Arm, tenant: Tenant) -> str:
+    """Why a tenant's requests do not go to an arm; empty: they may."""
+    if arm.tenants and tenant.name not in arm.tenants:
+        return "of other tenants"
+    if not any(fnmatchcase(arm.cluster, pattern) for pattern in tenant.clusters):
+        return f"cluster {arm.cluster} is not the tenant's"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Shadow:
+    """A deployment that is sent copies, and the replicas of it that take them."""
+
+    deployment: str
+    percent: float
+    """Of the function's sessions."""
+    replicas: tuple[Candidate, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Snapshot:
     """One generation, ready for look-ups. Build it with `snapshot`."""
@@ -127,6 +146,7 @@ class Snapshot:
     """What is wrong with replicas that were left out, for people."""
     _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
     _candidates: dict[tuple[str, str], tuple[Candidate, ...]] = field(default_factory=dict)
+    _shadows: dict[tuple[str, str], tuple[Shadow, ...]] = field(default_factory=dict)
     _resolved: dict[tuple[str, str], Function | None] = field(default_factory=dict)
 
     @property
@@ -160,16 +180,31 @@ class Snapshot:
         key = (function.name, tenant.name)
         found = self._candidates.get(key)
         if found is None:
-            found = tuple(
+            found = self._candidates[key] = tuple(
                 candidate
                 for arm, replicas in self._arms.get(function.name, ())
-                if not arm.tenants or tenant.name in arm.tenants
-                if any(fnmatchcase(arm.cluster, pattern) for pattern in tenant.clusters)
+                if not arm.shadow_percent and not kept_from(arm, tenant)
                 for candidate in replicas
                 if not candidate.draining
             )
-            self._candidates[key] = found
         return found
+
+    def shadows(self, function: Function, tenant: Tenant) -> tuple[Shadow, ...]:
+        """Deployments that get copies of this tenant's requests, and answer nobody."""
+        key = (function.name, tenant.name)
+        found = self._shadows.get(key)
+        if found is None:
+            made = (
+                Shadow(arm.deployment, arm.shadow_percent, tuple(r for r in all_ if not r.draining))
+                for arm, all_ in self._arms.get(function.name, ())
+                if arm.shadow_percent and not kept_from(arm, tenant)
+            )
+            found = self._shadows[key] = tuple(shadow for shadow in made if shadow.replicas)
+        return found
+
+    def arms(self, function: Function) -> tuple[tuple[Arm, tuple[Candidate, ...]], ...]:
+        """Everything that the table has of a function, whoever may use it."""
+        return self._arms.get(function.name, ())
 
 
 def snapshot(table: RoutingTable) -> Snapshot:

@@ -101,3 +101,22 @@ class RouterHeartbeat(Event, frozen=True, kw_only=True):
     """Replica -> requests on it; replicas without any are left out."""
     draining: bool = False
     version_text: str = ""
+
+
+class SessionPin(msgspec.Struct, frozen=True, array_like=True):
+    """`session:<hash>`, expiring: the replica that served a session last."""
+
+    key: bytes
+    """A keyed hash; nothing of the session's name is in it."""
+    replica: str
+    expires_at: float
+    """Unix seconds."""
+
+
+class SessionBatch(Event, frozen=True, kw_only=True):
+    """One message of the channel `sessions`: what changed in one router process."""
+
+    process: str
+    """Of the sender, so that it can leave out its own."""
+    pins: tuple[SessionPin, ...] = ()
+    released: tuple[bytes, ...] = ()

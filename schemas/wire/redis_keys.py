@@ -50,3 +50,16 @@ def engine(replica: str) -> str:
 
 def session(session_hash: str) -> str:
     return f"{PREFIX}session:{session_hash}"
+
+
+SESSIONS_CHANNEL: Final = PREFIX + "sessions"
+"""Channel: msgpack SessionBatch."""
+SESSION_PATTERN: Final = PREFIX + "session:*"
+
+
+def decisions(tenant: str) -> str:
+    """Stream of one tenant's recorded decisions: `i` id, `d` msgpack Decision; capped, and expires."""
+    return f"{PREFIX}decisions:{tenant}"
+
+
+DECISIONS_PATTERN: Final = PREFIX + "decisions:*"

@@ -44,6 +44,9 @@ class Arm(Record, frozen=True, kw_only=True):
     tenants: tuple[str, ...] = ()
     """Only these; empty: every tenant that may use the function."""
     weight: int = 100
+    """Share of sessions. Where all arms have the default, nothing is divided."""
+    shadow_percent: float = 0.0
+    """Above 0: serves nobody, and is sent copies of this share of the function's sessions."""
     replicas: tuple[Replica, ...] = ()
 
 
@@ -85,6 +88,8 @@ class Function(Record, frozen=True, kw_only=True):
     aliases: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     policy: Policy = Policy()
+    policy_since: str = ""
+    """Commit from which on the policy has been as it is; the oldest known, where that is not known."""
     fallbacks: tuple[str, ...] = ()
     price: Price = Price()
     max_model_len: int | None = None

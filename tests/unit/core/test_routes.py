@@ -187,6 +187,34 @@ def test_what_a_function_does_not_say_comes_from_platform_field_by_field():
     assert [r.max_concurrent for r in made.arms[0].replicas] == [4]
 
 
+def test_a_policy_names_the_commit_that_set_it():
+    objects = (*BASE, deployment("a"))
+
+    def made(objects, before, revision):
+        return compile_routes(
+            in_effect(*objects).objects,
+            desired_of(*objects),
+            [shown(*objects)],
+            before,
+            revision=revision,
+        )
+
+    first = made(objects, None, "one")
+    assert first.functions[0].policy_since == "one"
+    more = made((*objects, deployment("b")), first, "two")
+    assert more.functions[0].policy_since == "one"
+    changed = (function("f", routing={"policy": "linear"}), *objects[1:])
+    assert made(changed, more, "three").functions[0].policy_since == "three"
+
+
+def test_a_shadow_is_told_from_an_arm_that_serves():
+    objects = (*BASE, deployment("a"), deployment("b", shadow={"percent": 12.5}))
+    made = table(objects, [shown(*objects)])
+    assert {a.deployment: a.shadow_percent for a in made.functions[0].arms} == {"a": 0, "b": 12.5}
+    serving = (*BASE, deployment("a"), deployment("b"))
+    assert changed_deployments(table(serving, [shown(*serving)]), made) == {"b"}
+
+
 def test_keys_and_limits_of_tenants_reach_the_table():
     keys = [
         {"id": "z", "sha256": "0" * 64, "expires": "2027-01-31T00:00:00Z"},

@@ -282,6 +282,7 @@ deployments = objects(
             {"function": names, "placement": placements},
             replicas=st.none() | st.integers(0, 512),
             weight=st.integers(0, 1000),
+            shadow=st.none() | record({"percent": st.floats(0.01, 100)}),
             rollout=rollouts,
             suspend=st.booleans(),
         ),

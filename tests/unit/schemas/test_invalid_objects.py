@@ -121,6 +121,7 @@ SHAPE: list[tuple[str, Plain, str]] = [
     ("wrong case of USD", tenant(budget={"monthlyUsd": 5}), "Extra"),
     ("model with a space", tenant(models=["a b"]), "pattern"),
     ("priority", tenant(priority=101), "less"),
+    ("shadow of nothing", deployment(shadow={"percent": 0}), "greater"),
     ("weight zero", tenant(weight=0), "greater"),
     ("no provider", document("Cluster", {}), "required"),
     ("unknown provider", cluster({"type": "nomad"}), "kubernetes"),

@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schemas.wire import envelope, events, redis_keys, routing
+from schemas.wire import decisions, envelope, events, redis_keys, routing
 from schemas.wire.envelope import EnvelopeInvalid, public_key_from_hex, public_key_hex, seal, unseal
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -116,6 +116,26 @@ EVENTS = [
         outcome="ok",
     ),
     events.RouterHeartbeat(id="a", at=1.0, generation=7, in_flight={"r": 1}, draining=True),
+    events.SessionBatch(
+        process="p", pins=(events.SessionPin(b"\x07" * 16, "r", 9.0),), released=(b"\x01",)
+    ),
+    decisions.Decision(
+        id="d",
+        at=1.0,
+        router="a",
+        tenant="t",
+        function="f",
+        operation="chat",
+        generation=7,
+        revision="9f3c1ab",
+        policy="linear",
+        chosen="r",
+        candidates=(decisions.Considered("r", "d", "c", 0.1, 1.0, 1.0, 2.0, 0.5, 3, 64.0),),
+        removed=(decisions.Removed("s", "draining"),),
+        session=2**64 - 1,
+        chain=b"\x00" * 16,
+        outcome=decisions.Outcome(status=200, outcome="ok", ttft_s=0.5),
+    ),
 ]
 
 
@@ -273,6 +293,7 @@ def test_replicas_of_one_name_have_keys_of_their_own() -> None:
         redis_keys.engine("r"),
         redis_keys.router("r"),
         redis_keys.session("r"),
+        redis_keys.decisions("r"),
         redis_keys.routes(7),
         redis_keys.ROUTES_CURRENT,
         redis_keys.LEASE,
