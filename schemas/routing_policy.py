@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from schemas.base import Name, StrictModel, Unique
-from schemas.quantities import PositiveDuration
+from schemas.quantities import Duration, PositiveDuration
 
 PolicyName = Literal[
     "expected-latency",
@@ -72,6 +72,15 @@ class Retries(StrictModel):
     """Retries may add at most this share to the requests of the last seconds."""
 
 
+class Queue(StrictModel):
+    """Where requests wait while every replica has as many as it may. Between tenants it is fair."""
+
+    max_wait: Duration = 30.0
+    """A request that would wait longer is refused at once. 0: none waits."""
+    max_requests: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Of this function, waiting at one router process."""
+
+
 class Routing(StrictModel):
     """How requests for a function are spread over its replicas. What is unset comes from Platform."""
 
@@ -85,6 +94,8 @@ class Routing(StrictModel):
     """Deadlines of one attempt."""
     retries: Retries | None = None
     """Attempts on other replicas."""
+    queue: Queue | None = None
+    """Where requests wait while replicas are full."""
     max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Requests on one replica at once; further ones go elsewhere or wait. Unset: no such limit."""
     fallbacks: Annotated[list[Name], Field(max_length=8), Unique()] = Field(default_factory=list)
@@ -104,9 +115,11 @@ class RoutingDefaults(StrictModel):
     """Deadlines of one attempt."""
     retries: Retries = Field(default_factory=Retries)
     """Attempts on other replicas."""
+    queue: Queue = Field(default_factory=Queue)
+    """Where requests wait while replicas are full."""
 
 
-_Group = TypeVar("_Group", Weights, SessionAffinity, Timeouts, Retries)
+_Group = TypeVar("_Group", Weights, SessionAffinity, Timeouts, Retries, Queue)
 
 
 def _over(base: _Group, mine: _Group | None) -> _Group:
@@ -123,4 +136,5 @@ def resolve(mine: Routing, defaults: RoutingDefaults) -> RoutingDefaults:
         session_affinity=_over(defaults.session_affinity, mine.session_affinity),
         timeouts=_over(defaults.timeouts, mine.timeouts),
         retries=_over(defaults.retries, mine.retries),
+        queue=_over(defaults.queue, mine.queue),
     )

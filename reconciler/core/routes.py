@@ -18,6 +18,7 @@ from reconciler.core.config import ConfigObject, ObjectKey
 from reconciler.core.observed import Observation, ObservedReplica, ObservedWorkload, Phase, Unknown
 from reconciler.core.workload import Desired, Workload
 from schemas import cluster, function, tenant
+from schemas.limits import Limits
 from schemas.platform import PlatformSpec
 from schemas.routing_policy import resolve
 from schemas.wire import routing
@@ -244,6 +245,7 @@ def _function(
             cached_input=spec.price.cached_input_per_million,
         ),
         max_model_len=spec.runtime.max_model_len,
+        limits=_limits(spec.limits),
         arms=arms,
     )
 
@@ -275,10 +277,12 @@ def _policy(spec: function.FunctionSpec, platform: PlatformSpec) -> routing.Poli
         between_chunks_timeout_s=timeouts.between_chunks,
         retry_attempts=base.retries.attempts,
         retry_budget_percent=base.retries.budget_percent,
+        queue_max_wait_s=base.queue.max_wait,
+        queue_max_requests=base.queue.max_requests,
     )
 
 
-def _limits(limits: tenant.Limits) -> routing.Limits:
+def _limits(limits: Limits) -> routing.Limits:
     return routing.Limits(
         requests_per_minute=limits.requests_per_minute,
         tokens_per_minute=limits.tokens_per_minute,
@@ -310,6 +314,7 @@ def _tenant(value: tenant.Tenant) -> routing.Tenant:
             soft_percent=spec.budget.soft_percent,
         ),
         priority=spec.priority,
+        weight=spec.weight,
         suspended=spec.suspend,
     )
 

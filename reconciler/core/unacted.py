@@ -21,6 +21,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "scaling.upscaleDelay",
         "scaling.downscaleDelay",
         "routing.sessionAffinity",
+        "routing.queue",
         "limits",
         "price",
     ),
@@ -42,7 +43,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "rollout.steps",
         "rollout.gates",
     ),
-    "Platform": ("routing.sessionAffinity",),
+    "Platform": ("routing.sessionAffinity", "routing.queue"),
 }
 
 _PATHS: Final = {

@@ -20,6 +20,14 @@ LEASE_GENERATION: Final = PREFIX + "lease:generation"
 """Counter that outlives any one lease: the fencing generation."""
 ROUTERS_CHANNEL: Final = PREFIX + "routers"
 """Channel: msgpack RouterHeartbeat whenever a router changes generation or finishes draining."""
+LIMIT: Final = PREFIX + "limit:"
+"""Hashes of shared counters, `limit:<level>:<name>:<unit>`: what routers have taken of a limit."""
+LIMIT_EPOCH: Final = LIMIT + "epoch"
+"""Changes when the counters were lost, so that routers tell again what they hold."""
+LIMIT_ROUTERS: Final = LIMIT + "routers"
+"""Sorted set: router processes that count against limits, by when they were last heard (ms)."""
+LIMIT_RECALL: Final = LIMIT + "recall"
+"""Channel: the key of a counter that is out, so that routers give back what they hold unused of it."""
 USAGE_STREAM: Final = PREFIX + "usage"
 LOAD_CHANNEL: Final = PREFIX + "load"
 
@@ -63,3 +71,17 @@ def decisions(tenant: str) -> str:
 
 
 DECISIONS_PATTERN: Final = PREFIX + "decisions:*"
+
+
+def budget(tenant: str, month: str, unit: str) -> str:
+    """Hash of what a tenant has spent and reserved in a month (`2026-11`); unit: nano_usd, tokens."""
+    return f"{PREFIX}budget:{month}:{tenant}:{unit}"
+
+
+def budget_ledger(month: str) -> str:
+    """Hash, tenant -> `<nano_usd> <tokens>` in decimal: the ledger's totals of the month (`2026-11`).
+
+    Written by the reconciler whenever they grow. A budget counts at least this much, so that a Redis
+    that lost everything knows again what was spent.
+    """
+    return f"{PREFIX}budget:{month}:ledger"

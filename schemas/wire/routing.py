@@ -69,6 +69,10 @@ class Policy(Record, frozen=True, kw_only=True):
     between_chunks_timeout_s: float = 60.0
     retry_attempts: int = 2
     retry_budget_percent: float = 20.0
+    queue_max_wait_s: float = 0.0
+    """0: a request that finds every replica full is refused."""
+    queue_max_requests: int = 1000
+    """Waiting at one router process."""
 
 
 class Price(Record, frozen=True, kw_only=True):
@@ -77,6 +81,12 @@ class Price(Record, frozen=True, kw_only=True):
     input: float = 0.0
     output: float = 0.0
     cached_input: float | None = None
+
+
+class Limits(Record, frozen=True, kw_only=True):
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrent: int | None = None
 
 
 class Function(Record, frozen=True, kw_only=True):
@@ -93,13 +103,9 @@ class Function(Record, frozen=True, kw_only=True):
     fallbacks: tuple[str, ...] = ()
     price: Price = Price()
     max_model_len: int | None = None
+    limits: Limits = Limits()
+    """Over all tenants together."""
     arms: tuple[Arm, ...] = ()
-
-
-class Limits(Record, frozen=True, kw_only=True):
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent: int | None = None
 
 
 class Key(Record, frozen=True, kw_only=True):
@@ -128,6 +134,8 @@ class Tenant(Record, frozen=True, kw_only=True):
     limits: Limits = Limits()
     budget: Budget = Budget()
     priority: int = 0
+    weight: float = 1.0
+    """Share of full replicas, against tenants of the same priority."""
     suspended: bool = False
 
 

@@ -220,8 +220,14 @@ def test_keys_and_limits_of_tenants_reach_the_table():
         {"id": "z", "sha256": "0" * 64, "expires": "2027-01-31T00:00:00Z"},
         {"id": "b", "sha256": "1" * 64, "scopes": ["usage"]},
     ]
-    person = tenant("t", keys=keys, limits={"concurrent": 3}, suspend=True)
-    (made,) = table((person,), []).tenants
+    person = tenant("t", keys=keys, limits={"concurrent": 3}, suspend=True, weight=2.5)
+    shared = function("f", limits={"tokensPerMinute": 9}, routing={"queue": {"maxWait": "2s"}})
+    whole = table((person, shared), [])
+    (made,) = whole.tenants
+    assert whole.functions[0].limits.tokens_per_minute == 9
+    policy = whole.functions[0].policy
+    assert (policy.queue_max_wait_s, policy.queue_max_requests) == (2.0, 1000)
+    assert made.weight == 2.5
     assert [key.id for key in made.keys] == ["b", "z"]
     assert made.keys[1].sha256 == bytes(32)
     assert made.keys[1].expires == 1801353600.0

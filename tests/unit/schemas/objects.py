@@ -50,6 +50,7 @@ affinity = record(enabled=st.booleans(), ttl=positive_durations)
 timeouts = record(
     connect=positive_durations, firstByte=positive_durations, betweenChunks=positive_durations
 )
+queue = record(maxWait=st.just("0s") | positive_durations, maxRequests=st.integers(1, 100_000))
 retries = record(attempts=st.integers(0, 10), budgetPercent=shares)
 
 
@@ -160,6 +161,7 @@ functions = objects(
             sessionAffinity=affinity,
             timeouts=timeouts,
             retries=retries,
+            queue=queue,
             maxConcurrent=st.integers(1, 1000),
             fallbacks=lists(names),
         ),
@@ -307,6 +309,7 @@ platforms = objects(
             sessionAffinity=affinity,
             timeouts=timeouts,
             retries=retries,
+            queue=queue,
         ),
         auth=record(maxTableAge=positive_durations),
     ),

@@ -14,6 +14,7 @@ platforms = objects.record(
     sessionAffinity=objects.affinity,
     timeouts=objects.timeouts,
     retries=objects.retries,
+    queue=objects.queue,
 ).map(RoutingDefaults.model_validate)
 functions = objects.record(
     policy=st.none() | objects.policies,
@@ -21,6 +22,7 @@ functions = objects.record(
     sessionAffinity=st.none() | objects.affinity,
     timeouts=st.none() | objects.timeouts,
     retries=st.none() | objects.retries,
+    queue=st.none() | objects.queue,
 ).map(Routing.model_validate)
 
 
@@ -30,7 +32,7 @@ def test_every_field_is_the_functions_where_it_says_and_platforms_otherwise(
 ) -> None:
     effective = resolve(mine, defaults)
     assert effective.policy == (mine.policy or defaults.policy)
-    for group in ("weights", "session_affinity", "timeouts", "retries"):
+    for group in ("weights", "session_affinity", "timeouts", "retries", "queue"):
         written = getattr(mine, group)
         for field in type(getattr(defaults, group)).model_fields:
             said = written is not None and field in written.model_fields_set

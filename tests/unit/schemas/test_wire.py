@@ -48,6 +48,7 @@ tables = st.builds(
             policy=st.builds(routing.Policy, name=text, retry_attempts=counts),
             price=st.builds(routing.Price, input=unix_s, cached_input=st.none() | unix_s),
             max_model_len=st.none() | counts,
+            limits=limits,
             arms=tuples(
                 st.builds(
                     routing.Arm,
