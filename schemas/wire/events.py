@@ -51,23 +51,55 @@ class EngineReport(Event, frozen=True, kw_only=True):
     block_tokens: int = 0
 
 
-class LoadDelta(msgspec.Struct, frozen=True, array_like=True):
-    """What one router did to one replica since its last flush."""
+class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):
+    """What one router has on one replica when it says so. Ages are in seconds; below 0: never."""
 
     replica: str
-    dispatched: int = 0
-    dispatched_prefill_tokens: int = 0
-    first_tokens: int = 0
-    first_token_prefill_tokens: int = 0
-    finished: int = 0
+    requests: int = 0
+    work_s: float = 0.0
+    """Prefill that is not at its first token, whole."""
+    kv_tokens: float = 0.0
+    oldest_age_s: float = -1.0
+    """Since the oldest of that prefill was sent."""
+    oldest_work_s: float = 0.0
+    departed_age_s: float = -1.0
+    """Since the last before it came to its first token."""
+
+
+class Cached(msgspec.Struct, frozen=True, array_like=True):
+    """A chain of blocks that a replica was sent, and so holds: keyed hashes, no prompt."""
+
+    replica: str
+    blocks: bytes
+    """8 bytes each, little-endian, from the chain's first block on."""
+
+
+class PrefillSample(msgspec.Struct, frozen=True, array_like=True):
+    """How long a replica took over one prefill of so many tokens, so many of them cached."""
+
+    replica: str
+    cached: float
+    tokens: float
+    prefill_s: float
 
 
 class LoadBatch(Event, frozen=True, kw_only=True):
-    """One message of the channel `load`, at most 20 ms after the first event in it."""
+    """One message of the channel `load`: what a router did since its last, or has in all.
+
+    Loads are whole amounts, not differences: whoever misses a message is right again with the next.
+    """
 
     router: str
+    """One router process, from its start to its end."""
     seq: int
-    deltas: tuple[LoadDelta, ...]
+    """Grows by one with each message."""
+    full: bool = False
+    """Whether replicas that are not named have nothing from this router."""
+    loads: tuple[ReplicaLoad, ...] = ()
+    cached: tuple[Cached, ...] = ()
+    samples: tuple[PrefillSample, ...] = ()
+    parts: dict[str, bytes] = msgspec.field(default_factory=dict)
+    """What others of a router's parts tell theirs, by name."""
 
 
 class UsageRecord(Event, frozen=True, kw_only=True):

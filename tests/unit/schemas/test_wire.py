@@ -99,7 +99,15 @@ FRESHNESS = routing.Freshness(generation=7, at=1_790_000_000.0)
 EVENTS = [
     events.KvBatch(epoch=1, seq=2, cleared=True, removed=b"\x00" * 8, stored=b"\x01" * 16),
     events.EngineReport(replica="r", at=1.5, epoch=3, running=1, waiting=2, kv_usage=0.5),
-    events.LoadBatch(router="a", seq=9, deltas=(events.LoadDelta("r", 1, 2, 3, 4, 5),)),
+    events.LoadBatch(
+        router="a",
+        seq=9,
+        full=True,
+        loads=(events.ReplicaLoad("r", 1, 2.0, 3.0, 4.0, 5.0, 6.0),),
+        cached=(events.Cached("r", b"\x01" * 16),),
+        samples=(events.PrefillSample("r", 0.0, 1000.0, 0.25),),
+        parts={"pins": b"\x00"},
+    ),
     events.UsageRecord(
         id="x",
         tenant="t",
@@ -163,10 +171,10 @@ def test_a_reader_ignores_fields_of_a_newer_writer(event: events.Event) -> None:
     assert msgspec.msgpack.decode(data, type=type(event)) == event
 
 
-def test_a_load_delta_may_grow_at_its_end() -> None:
-    data = msgspec.msgpack.encode(["r", 1, 2, 3, 4, 5, "of a newer writer"])
-    assert msgspec.msgpack.decode(data, type=events.LoadDelta) == events.LoadDelta(
-        "r", 1, 2, 3, 4, 5
+def test_a_replicas_load_may_grow_at_its_end() -> None:
+    data = msgspec.msgpack.encode(["r", 1, 2.0, 3.0, 4.0, 5.0, 6.0, "of a newer writer"])
+    assert msgspec.msgpack.decode(data, type=events.ReplicaLoad) == events.ReplicaLoad(
+        "r", 1, 2.0, 3.0, 4.0, 5.0, 6.0
     )
 
 

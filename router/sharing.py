@@ -1,0 +1,175 @@
+"""This router's share of the load, told to the others and heard of them, all the time.
+
+What happens is gathered and told within `FLUSH_S` of the first of it; everything is told every
+`FULL_S`, which is also how the others know that this one lives. No request waits for it. Alone,
+nothing is gathered. Not here: what follows from a message (core.sharing), or how it travels (channels).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from router.channels import Channel
+from router.core.route import States
+from router.core.sharing import Journal, Learn, Peers
+from schemas.wire.events import Event, LoadBatch
+
+_log: Final = logging.getLogger(__name__)
+
+FLUSH_S: Final = 0.01
+"""Leaves as much again for the way, of the 20 ms in which others should know."""
+FULL_S: Final = 0.5
+
+
+class _Head(Event, frozen=True, kw_only=True):
+    """What tells whether the rest of a message is worth reading."""
+
+    router: str
+    seq: int
+
+
+class Part(Protocol):
+    """Something else that travels with the messages: bytes by name, whatever they mean."""
+
+    def take(self, *, full: bool) -> bytes:
+        """What to tell now; empty: nothing. `full`: some of the others may be new."""
+        ...
+
+    def receive(self, router: str, data: bytes) -> None:
+        """What another router's part of the same name told. Bad data is for it to refuse."""
+        ...
+
+
+class Sharing:
+    """Owned by one event loop. The first three methods are called for every request: they are cheap.
+
+    `names` and `slots` are the replicas' by slot and back, read whenever a message comes or goes.
+    """
+
+    def __init__(
+        self,
+        router_id: str,
+        states: States,
+        *,
+        names: Mapping[int, str],
+        slots: Mapping[str, int],
+        learn: Learn,
+    ) -> None:
+        # A process that starts again is another: nothing of its former life is taken for new.
+        name = f"{router_id}/{os.urandom(6).hex()}"
+        self._loop = asyncio.get_running_loop()
+        self._journal = Journal(name, states.load)
+        self.peers = Peers(name, states.load, states.index)
+        self._names = names
+        self._slots = slots
+        self._learn = learn
+        self._channels: list[Channel] = []
+        self._parts: dict[str, Part] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._read_head = msgspec.msgpack.Decoder(_Head).decode
+        self._read = msgspec.msgpack.Decoder(LoadBatch).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self.alone = True
+        self.sent = 0
+        self.received = 0
+        self.refused = 0
+        """Messages that could not be read."""
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Messages that did not leave, by channel."""
+        return {channel.name: channel.lost for channel in self._channels}
+
+    def add_part(self, name: str, part: Part) -> Callable[[], None]:
+        """Lets something travel along. What is returned says that there is something to tell."""
+        self._parts[name] = part
+        return self._due
+
+    # For every request
+
+    def dispatched(self, slot: int, blocks: Sequence[int]) -> None:
+        """A request was counted on a replica, whose cache is credited with these blocks."""
+        if not self.alone:
+            self._journal.dispatched(slot, blocks)
+            if self._timer is None:
+                self._due()
+
+    def changed(self, slot: int) -> None:
+        """A request came to its first token there, or to its end."""
+        if not self.alone:
+            self._journal.changed(slot)
+            if self._timer is None:
+                self._due()
+
+    def sampled(self, slot: int, cached: float, tokens: float, prefill_s: float) -> None:
+        """A prefill was timed there."""
+        if not self.alone:
+            self._journal.sampled(slot, cached, tokens, prefill_s)
+
+    # Messages
+
+    def _due(self) -> None:
+        if self._timer is None and not self.alone:
+            self._timer = self._loop.call_later(FLUSH_S, self.flush)
+
+    def flush(self, *, full: bool = False) -> None:
+        """Tells what there is to tell, now."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        parts = {name: data for name, part in self._parts.items() if (data := part.take(full=full))}
+        for batch in self._journal.batches(self._names, self._loop.time(), full=full, parts=parts):
+            data = self._encode(batch)
+            self.sent += 1
+            for channel in self._channels:
+                channel.send(data)
+
+    def receive(self, data: bytes) -> None:
+        """A message as it came; of this router itself, twice, or spoilt, as it may be."""
+        try:
+            head = self._read_head(data)
+            if not self.peers.is_news(head.router, head.seq):
+                return
+            batch = self._read(data)
+        except msgspec.DecodeError:
+            if not self.refused:
+                _log.warning("a message of another router cannot be read")
+            self.refused += 1
+            return
+        self.received += 1
+        is_new = self.peers.receive(batch, self._slots, self._learn, self._loop.time())
+        for name, told in batch.parts.items():
+            part = self._parts.get(name)
+            if part is not None:
+                part.receive(batch.router, told)
+        if is_new:
+            self.alone = False
+            self.flush(full=True)
+
+    async def run(self, channels: Sequence[Channel]) -> None:
+        """Shares by these until cancelled, and then tells what is left: nothing, as a rule."""
+        self._channels = list(channels)
+        running = [asyncio.create_task(channel.run(self.receive)) for channel in channels]
+        try:
+            while True:
+                if self.peers.expire(self._loop.time()) and not len(self.peers):
+                    self.alone = True
+                    self._journal.forget()
+                self.flush(full=True)
+                await asyncio.sleep(FULL_S)
+        finally:
+            self.flush(full=True)
+            self.alone = True
+            if self._timer is not None:
+                self._timer.cancel()
+            left = set(running)
+            while left:
+                for task in left:
+                    task.cancel()
+                _, left = await asyncio.wait(left, timeout=0.2)
