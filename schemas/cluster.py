@@ -147,6 +147,8 @@ class GpuInventory(StrictModel):
     """In the whole cluster."""
     price_per_hour: Annotated[float, Field(ge=0)] | None = None
     """USD a GPU, where SkyPilot's catalogue does not know it."""
+    spot_price_per_hour: Annotated[float, Field(ge=0)] | None = None
+    """The same for spot instances, where the cluster has them."""
 
 
 class Kai(StrictModel):

@@ -17,10 +17,12 @@ class PlacementConstraints(StrictModel):
     """The cluster's region must be one of these. Empty: any."""
     residency: Annotated[list[Word], Unique()] = Field(default_factory=list)
     """The cluster must carry every one of these labels."""
+    providers: Annotated[list[Word], Unique()] = Field(default_factory=list)
+    """The cluster's provider must be one of these: local, kubernetes, slurm, external, or a cloud such as aws."""
     spot: Literal["never", "allowed", "only"] = "never"
     """Spot instances. allowed: with a fall back to on-demand ones."""
     max_price_per_hour: Annotated[float, Field(gt=0)] | None = None
-    """USD, of the whole deployment."""
+    """USD, of the whole deployment without spot discounts. Where no price is known, it is not met."""
 
 
 class Placement(StrictModel):
@@ -55,9 +57,11 @@ class Gates(StrictModel):
     max_error_percent: Annotated[float, Field(ge=0, le=100)] = 1.0
     """Failed requests of the new arm."""
     max_ttft_increase_percent: Annotated[float, Field(ge=0)] = 20.0
-    """Mean time to first token, over the stable arm's."""
+    """95th percentile of the time to first token, over the stable arm's."""
     min_cache_hit_ratio_percent: Annotated[float, Field(ge=0, le=100)] = 80.0
     """Of the stable arm's hit rate."""
+    min_requests: Annotated[int, Field(ge=1)] = 20
+    """A step is judged by so many requests of the new arm; until it has had them, it is held."""
 
 
 class CanaryStep(StrictModel):

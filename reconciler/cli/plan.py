@@ -23,7 +23,7 @@ from reconciler.cli.plan_view import PlanView, plan_view, view_json
 from reconciler.cli.reading import Reading, is_url, read_directory, read_revision
 from reconciler.cli.repository import Repository
 from reconciler.cli.terminal import ANSWER_IS_NO, answer, answer_json, command_app, fail, painter
-from reconciler.core.compile import compile_workloads, platform_of
+from reconciler.core.compile import compile_workloads, places_of, platform_of
 from reconciler.core.last_good import Objects
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.plan import Confirmation, PlanPolicy, parse_confirmation, plan
@@ -155,7 +155,7 @@ def _view(base: Base, target: Target) -> PlanView:
     if not target.reading.revision:
         before = _relative(before, target.sub_path)
     wanted = target.reading.effective(before)
-    desired = compile_workloads(wanted)
+    desired = compile_workloads(wanted, places=places_of(wanted, base.observed))
     policy = PlanPolicy(
         prune=platform_of(wanted.objects).prune,
         known=base.known,

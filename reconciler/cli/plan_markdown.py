@@ -15,6 +15,7 @@ from reconciler.cli.plan_text import (
     price_text,
     replicas_text,
     summary,
+    tenant_text,
     value_text,
 )
 from reconciler.cli.plan_view import PlanView, Row
@@ -64,6 +65,7 @@ def _lines(view: PlanView, *, details: bool) -> Iterator[str]:
     totals = [
         *(f"Replicas {text}" for text in [replicas_text(view)] if text),
         *(f"GPUs {gpu_text(use)}" for use in view.gpus if use.before != use.after),
+        *(f"Quota {tenant_text(use)}" for use in view.tenants if use.before != use.after),
     ]
     if totals and (price := price_text(view)):
         totals.append(f"Price {price}")
@@ -90,6 +92,8 @@ def _table_row(row: Row) -> str:
     before, after = row.replicas_before, row.replicas_after
     count = f"{before} → {after}" if before != after else str(after)
     what = f"{row.verb}: {row.reason if row.verb == 'held' else row.effect}"
+    if row.placement:
+        what += f"; {row.placement}"
     cells = (
         f"`{SYMBOLS[row.verb]}`",
         _code(row.deployment),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Final
 
-from reconciler.cli.plan_view import GpuUse, PlanView, Row, Verb
+from reconciler.cli.plan_view import GpuUse, PlanView, Row, TenantUse, Verb
 from reconciler.cli.problem_lines import problem_line
 from reconciler.cli.terminal import Paint, Style
 from reconciler.core.action import Change
@@ -108,6 +108,14 @@ def gpu_text(use: GpuUse) -> str:
     return f"{_arrow(use.before, use.after)}{listed} {use.type} in {use.cluster}"
 
 
+def tenant_text(use: TenantUse) -> str:
+    """`8 -> 16 of acme's quota of 12, 4 over it (at most 24)`."""
+    left = use.quota - use.after
+    room = f"{left} left" if left >= 0 else f"{-left} over it"
+    most = f"; at most {use.limit}" if use.limit is not None else ""
+    return f"{_arrow(use.before, use.after)} of {use.tenant}'s quota of {use.quota}, {room}{most}"
+
+
 def price_text(view: PlanView) -> str | None:
     """`$20.00 -> $30.00 an hour (about +$7,300 a month)`; None where nothing has a price."""
     if (price := view.price_per_hour) is None:
@@ -135,6 +143,8 @@ def _row(row: Row, paint: Paint) -> Iterator[str]:
     yield f"  {symbol} {paint(f'Deployment/{row.deployment}', 'strong')}{place}: {verb}, {row.effect}"
     if row.verb in ("delete", "held"):
         yield f"      {paint(row.reason, 'faint')}"
+    if row.placement:
+        yield f"      {paint(row.placement, 'faint')}"
     for change in row.changes:
         yield f"      {change_text(change)}"
 
@@ -145,6 +155,9 @@ def _totals(view: PlanView) -> Iterator[tuple[str, str]]:
     for use in view.gpus:
         if use.before != use.after:
             yield "GPUs", gpu_text(use)
+    for tenant in view.tenants:
+        if tenant.before != tenant.after:
+            yield "Quota", tenant_text(tenant)
     if (text := price_text(view)) and any(use.before != use.after for use in view.gpus):
         yield "Price", text
 

@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from reconciler.core.action import Action, Change, Create, Delete, Noop, Plan, Update
+from reconciler.core.capacity import gpus_of_tenants
 from reconciler.core.config import ConfigObject, ObjectKey, Problem
 from reconciler.core.diff import diff
 from reconciler.core.last_good import Objects
 from reconciler.core.observed import Observation, ObservedWorkload, Unknown
 from reconciler.core.plan import template_data
+from reconciler.core.rollout import surge_replicas
 from reconciler.core.workload import Desired, Workload
 from schemas.cluster import Cluster, ClusterSpec
+from schemas.deployment import Deployment
+from schemas.function import Function
 from schemas.kinds import ConfigSpec
+from schemas.tenant import Tenant
 
 Verb = Literal["create", "roll", "scale", "delete", "held"]
 VERBS: Final[tuple[Verb, ...]] = ("create", "roll", "scale", "delete", "held")
@@ -59,6 +64,8 @@ class Row:
     replicas_before: int
     replicas_after: int
     changes: tuple[Change, ...] = ()
+    placement: str = ""
+    """Why it goes to this cluster, where it could go to another; with its price where one is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,17 @@ class GpuUse:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantUse:
+    """GPUs of a tenant's own deployments, against what it is promised and the most it may have."""
+
+    tenant: str
+    before: int
+    after: int
+    quota: int
+    limit: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class PlanView:
     """Everything that a plan's reader wants to know, in the order they want it."""
 
@@ -93,6 +111,7 @@ class PlanView:
     objects: tuple[ObjectChange, ...] = ()
     unchanged: int = 0
     gpus: tuple[GpuUse, ...] = ()
+    tenants: tuple[TenantUse, ...] = ()
     refusals: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     notes: tuple[str, ...] = ()
@@ -163,6 +182,7 @@ def plan_view(
         objects=tuple(_objects(objects_before, objects)),
         unchanged=unchanged,
         gpus=tuple(_gpus(made, current, desired, [*objects_before.values(), *objects.values()])),
+        tenants=tuple(_tenants(objects_before, objects)),
         refusals=made.refusals,
         problems=tuple(problems),
         notes=tuple(notes),
@@ -233,7 +253,17 @@ def _effective_row(
         was,
         workload.replicas,
         changes,
+        _placement(workload),
     )
+
+
+def _placement(workload: Workload) -> str:
+    placed = workload.placement
+    if not placed.why or placed.why == "named":
+        return ""
+    price = workload.price_per_hour
+    cost = f", ${price:,.2f} an hour" if price else ""
+    return f"{workload.cluster}{cost}: {placed.why}"
 
 
 def _roll(workload: Workload, was: int) -> str:
@@ -245,7 +275,10 @@ def _roll(workload: Workload, was: int) -> str:
         "blueGreen": "all at once when as many new ones are ready",
         "canary": "as a canary",
     }[workload.rollout.strategy]
-    return f"{_replicas(was)} replaced{scaled}, {how}"
+    surge = surge_replicas(workload, was)
+    gpus = surge * workload.placement.gpus_each
+    meanwhile = f"; {gpus} GPU{'s' * (gpus != 1)} more meanwhile" if gpus else ""
+    return f"{_replicas(was)} replaced{scaled}, {how}{meanwhile}"
 
 
 def _replicas(count: int) -> str:
@@ -279,6 +312,24 @@ def _objects(before: Objects, after: Objects) -> Iterator[ObjectChange]:
         )
         if changes:
             yield ObjectChange("change", key, changes)
+
+
+def _tenants(before: Objects, after: Objects) -> Iterator[TenantUse]:
+    was, now = _gpus_of_tenants(before), _gpus_of_tenants(after)
+    for key, obj in sorted(after.items()):
+        if isinstance(obj.value, Tenant):
+            gpus = obj.value.spec.gpus
+            if gpus.quota or gpus.limit is not None:
+                yield TenantUse(
+                    key.name, was.get(key.name, 0), now.get(key.name, 0), gpus.quota, gpus.limit
+                )
+
+
+def _gpus_of_tenants(objects: Objects) -> dict[str, int]:
+    functions = {k.name: o.value for k, o in objects.items() if isinstance(o.value, Function)}
+    deployments = {k.name: o.value for k, o in objects.items() if isinstance(o.value, Deployment)}
+    used = gpus_of_tenants(functions, deployments)
+    return {tenant: sum(each.values()) for tenant, each in used.items()}
 
 
 def _used_functions(objects: Objects) -> set[str]:
@@ -390,6 +441,7 @@ def view_json(view: PlanView) -> dict[str, Any]:
                 "effect": row.effect,
                 "replicas": {"before": row.replicas_before, "after": row.replicas_after},
                 "changes": [_change_json(c) for c in row.changes],
+                "placement": row.placement,
             }
             for row in view.rows
         ],
@@ -411,6 +463,15 @@ def view_json(view: PlanView) -> dict[str, Any]:
                 "pricePerHour": use.price_per_hour,
             }
             for use in view.gpus
+        ],
+        "tenants": [
+            {
+                "tenant": use.tenant,
+                "gpus": {"before": use.before, "after": use.after},
+                "quota": use.quota,
+                "limit": use.limit,
+            }
+            for use in view.tenants
         ],
         "pricePerHour": {"before": price[0], "after": price[1]} if price else None,
         "refusals": list(view.refusals),

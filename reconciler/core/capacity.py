@@ -30,6 +30,8 @@ def capacity_problems(
             yield from _deployment(obj, deployment.spec, function.spec, plain_clusters)
     for name, (obj, tenant) in tenants.items():
         yield from _tenant(name, obj, tenant, plain_clusters)
+        if tenant.spec.gpus.limit is not None:
+            yield from _limit(name, tenant.spec.gpus.limit, functions, deployments)
     for name, (obj, cluster) in clusters.items():
         yield from _promises(name, obj, cluster, {n: t for n, (_, t) in tenants.items()})
 
@@ -95,6 +97,45 @@ def _tenant(
             f"({', '.join(listed)}) list {sum(listed.values())}; lower the quota or correct their gpus"
         )
         yield Problem(obj.at("spec", "gpus", "quota"), message, key=obj.key)
+
+
+def gpus_of_tenants(
+    functions: Mapping[str, Function], deployments: Mapping[str, Deployment]
+) -> dict[str, dict[str, int]]:
+    """Tenant -> deployment -> GPUs it takes at the least. What serves several tenants is nobody's own."""
+    used: dict[str, dict[str, int]] = {}
+    for name, deployment in sorted(deployments.items()):
+        spec = deployment.spec
+        if len(spec.tenants) != 1 or spec.function not in functions or spec.suspend:
+            continue
+        function = functions[spec.function].spec
+        replicas = function.scaling.min_replicas if spec.replicas is None else spec.replicas
+        if gpus := replicas * gpus_of_replica(function):
+            used.setdefault(spec.tenants[0], {})[name] = gpus
+    return used
+
+
+def _limit(
+    tenant: str,
+    limit: int,
+    functions: Mapping[str, tuple[ConfigObject, Function]],
+    deployments: Mapping[str, tuple[ConfigObject, Deployment]],
+) -> Iterator[Problem]:
+    """A tenant's own deployments may not want more than its limit; each that wants some is named."""
+    used = gpus_of_tenants(
+        {n: f for n, (_, f) in functions.items()}, {n: d for n, (_, d) in deployments.items()}
+    ).get(tenant, {})
+    if sum(used.values()) <= limit:
+        return
+    shown = ", ".join(f"{name} {gpus}" for name, gpus in used.items())
+    for name in used:
+        obj, deployment = deployments[name]
+        message = (
+            f"tenant {tenant} may have {limit} GPUs, but its deployments want "
+            f"{sum(used.values())} ({shown}); lower their replicas or raise the tenant's gpus.limit"
+        )
+        field = ("spec", "replicas") if deployment.spec.replicas is not None else ("spec",)
+        yield Problem(obj.at(*field), message, key=obj.key)
 
 
 def _promises(

@@ -6,17 +6,21 @@ Not here: what is wrong with the objects (references), what exists (observed), o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from reconciler.core.config import ConfigObject, ObjectKey
 from reconciler.core.digest import canonical_digest
 from reconciler.core.last_good import Effective
-from reconciler.core.workload import BackendName, Desired, Template, Workload
+from reconciler.core.observed import Observation, Unknown
+from reconciler.core.placement import Catalogue, choose, has_spot
+from reconciler.core.workload import BackendName, Desired, Placed, Template, Workload
 from schemas.cluster import Cluster, ExternalEndpoint, ExternalProvider, LocalProvider
-from schemas.deployment import Deployment, Placement
-from schemas.function import Function, FunctionSpec
+from schemas.deployment import Deployment
+from schemas.function import Function, FunctionSpec, Scaling
 from schemas.platform import Platform, PlatformSpec
+from schemas.tenant import Tenant
 
 MAX_NAME: Final = 63
 
@@ -45,24 +49,6 @@ def served_name(name: str, spec: FunctionSpec) -> str:
     return spec.model.served_name or name
 
 
-def choose_cluster(placement: Placement, clusters: Mapping[str, Cluster]) -> str | None:
-    """The named cluster, or the first listed one that meets region and residency; None if none does.
-
-    Price and spot are filters that placement by cost adds.
-    """
-    if placement.cluster:
-        return placement.cluster
-    want = placement.constraints
-    for name in placement.any_of:
-        spec = clusters[name].spec
-        if want.regions and spec.region not in want.regions:
-            continue
-        if not set(want.residency) <= set(spec.residency):
-            continue
-        return name
-    return None
-
-
 def backend_of(cluster: Cluster) -> BackendName:
     match cluster.spec.provider:
         case LocalProvider():
@@ -73,11 +59,23 @@ def backend_of(cluster: Cluster) -> BackendName:
             return "skypilot"
 
 
-def compile_workloads(effective: Effective) -> Desired:
-    """One workload for each deployment that has a place."""
+def compile_workloads(
+    effective: Effective,
+    *,
+    places: Mapping[str, str] | None = None,
+    catalogue: Catalogue | None = None,
+) -> Desired:
+    """One workload for each deployment that has a place.
+
+    Args:
+        effective: what is acted on.
+        places: deployment -> the cluster where it runs; it stays there while that will do.
+        catalogue: prices where Git has none.
+    """
     functions: dict[str, Function] = {}
     clusters: dict[str, Cluster] = {}
     deployments: list[Deployment] = []
+    gpu_limits: dict[str, int] = {}
     for obj in effective.objects.values():
         match obj.value:
             case Function() as function:
@@ -86,22 +84,36 @@ def compile_workloads(effective: Effective) -> Desired:
                 clusters[cluster.metadata.name] = cluster
             case Deployment() as deployment:
                 deployments.append(deployment)
+            case Tenant() as tenant if tenant.spec.gpus.limit is not None:
+                gpu_limits[tenant.metadata.name] = tenant.spec.gpus.limit
             case _:
                 pass
 
     templates: dict[tuple[str, str], tuple[Template, str]] = {}
     workloads: dict[str, Workload] = {}
     shielded = dict(effective.shielded)
-    for deployment in sorted(deployments, key=lambda d: d.metadata.name):
+    here = places or {}
+    taken: Counter[tuple[str, str]] = Counter()
+    # Who has a place is counted before who looks for one.
+    for deployment in sorted(deployments, key=lambda d: (not _is_placed(d, here), d.metadata.name)):
         spec = deployment.spec
         function = functions[spec.function]
-        place = choose_cluster(spec.placement, clusters)
-        if place is None:
-            name = deployment.metadata.name
-            shielded[name] = (
-                f"no listed cluster meets the placement constraints of Deployment/{name}"
-            )
+        least = function.spec.scaling.min_replicas if spec.replicas is None else spec.replicas
+        choice = choose(
+            spec.placement,
+            function.spec,
+            0 if spec.suspend else least,
+            clusters,
+            current=here.get(deployment.metadata.name),
+            taken=taken,
+            catalogue=catalogue,
+        )
+        offer = choice.offer
+        if offer is None:
+            shielded[deployment.metadata.name] = choice.reason
             continue
+        place = offer.cluster
+        taken[place, offer.gpu_type.casefold()] += offer.gpus
         cluster = clusters[place]
         made = templates.get((spec.function, place))
         if made is None:
@@ -110,10 +122,8 @@ def compile_workloads(effective: Effective) -> Desired:
         if isinstance(cluster.spec.provider, ExternalProvider):
             # There are as many as there are: nobody here starts or stops one.
             wanted = len(made[0].endpoints)
-        elif spec.replicas is not None:
-            wanted = spec.replicas
         else:
-            wanted = function.spec.scaling.min_replicas
+            wanted = least
         name = workload_name(deployment.metadata.name, place)
         workloads[name] = Workload(
             name=name,
@@ -123,19 +133,50 @@ def compile_workloads(effective: Effective) -> Desired:
             backend=backend_of(cluster),
             provider=cluster.spec.provider,
             template=made[0],
-            spec_digest=made[1],
+            spec_digest=_with_spot(made[1], cluster, spec.placement.constraints.spot),
             replicas=0 if spec.suspend else wanted,
             rollout=spec.rollout,
             tenants=tuple(sorted(spec.tenants)),
             weight=spec.weight,
             shadow_percent=spec.shadow.percent if spec.shadow else 0.0,
+            scaling=None if spec.suspend else _scaling(function.spec, deployment, cluster),
+            placement=Placed(
+                why=choice.reason,
+                spot=spec.placement.constraints.spot,
+                gpu_type=offer.gpu_type,
+                gpus_each=offer.gpus_each,
+                price_each=offer.price_each,
+                ceiling_each=offer.ceiling_each,
+                max_price_per_hour=spec.placement.constraints.max_price_per_hour,
+            ),
         )
     return Desired(
-        workloads=workloads,
+        workloads=dict(sorted(workloads.items())),
         prune_blocked=effective.prune_blocked,
         shielded=shielded,
+        gpu_limits=gpu_limits,
         deployments_before=effective.deployments_before,
     )
+
+
+def _is_placed(deployment: Deployment, places: Mapping[str, str]) -> bool:
+    return deployment.spec.placement.cluster is not None or deployment.metadata.name in places
+
+
+def _scaling(function: FunctionSpec, deployment: Deployment, cluster: Cluster) -> Scaling | None:
+    """What decides the number of replicas besides Git; None where Git alone does."""
+    scaling = function.scaling
+    if deployment.spec.replicas is not None or isinstance(cluster.spec.provider, ExternalProvider):
+        return None
+    sleeps = scaling.min_replicas == 0 and scaling.max_replicas is not None
+    return scaling if scaling.metric is not None or sleeps else None
+
+
+def _with_spot(digest: str, cluster: Cluster, spot: str) -> str:
+    """Another kind of instance is another template, where there is one."""
+    if spot == "never" or not has_spot(cluster):
+        return digest
+    return canonical_digest([digest, spot])[:16]
 
 
 def _template(function: Function, cluster: Cluster) -> Template:
@@ -153,6 +194,24 @@ def _template(function: Function, cluster: Cluster) -> Template:
         readiness=spec.readiness,
         endpoints=endpoints,
     )
+
+
+def places_of(effective: Effective, observed: Sequence[Observation | Unknown]) -> dict[str, str]:
+    """Deployment -> the first cluster of those it may choose from where it runs already."""
+    names = {
+        name
+        for seen in observed
+        if isinstance(seen, Observation)
+        for name, workload in seen.workloads.items()
+        if not workload.deleting
+    }
+    places: dict[str, str] = {}
+    for obj in effective.objects.values():
+        if isinstance(obj.value, Deployment):
+            for cluster in obj.value.spec.placement.any_of:
+                if workload_name(obj.key.name, cluster) in names:
+                    places.setdefault(obj.key.name, cluster)
+    return places
 
 
 def template_digest(template: Template) -> str:

@@ -145,7 +145,9 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
     world, held, unknown, acting = view.world, view.held, view.unknown, view.acting
     workloads = view.by_deployment.get(name, ())
     if not workloads:
-        reason = "no listed cluster meets the placement constraints"
+        reason = world.desired.shielded.get(
+            name, "no listed cluster meets the placement constraints"
+        )
         return [
             _condition("Ready", False, "NoPlacement", reason),
             _condition("Stalled", True, "NoPlacement", reason),
@@ -154,6 +156,8 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
     workload = workloads[0]
     current = view.of_workload(workload)
     facts: Document = {"workload": workload.name, "cluster": workload.cluster}
+    if workload.placement.gpus_each:
+        facts["placement"] = _placement(workload)
     if workload.backend in unknown:
         text = f"backend {workload.backend} cannot be asked: {unknown[workload.backend]}"
         return [
@@ -221,6 +225,18 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
         text = "; ".join(f"{r.id} {r.phase.value}: {r.detail or 'no detail'}" for r in sick[:3])
         conditions.append(_condition("Degraded", True, "ReplicasFailing", text))
     return conditions, facts
+
+
+def _placement(workload: Workload) -> Document:
+    """Where it was put and why, with its GPUs and what they cost at the number wanted now."""
+    placed = workload.placement
+    price = workload.price_per_hour
+    return {
+        "reason": placed.why,
+        "gpus": workload.replicas * placed.gpus_each,
+        "gpuType": placed.gpu_type,
+        "pricePerHour": "unknown" if price is None else price,
+    }
 
 
 def _function(view: _View, name: str) -> tuple[list[Document], Document]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from schemas.cluster import ExternalEndpoint, Provider
 from schemas.deployment import Rollout
-from schemas.function import Model, Readiness, Resources, Runtime
+from schemas.function import Model, Readiness, Resources, Runtime, Scaling
 
 BackendName = Literal["local", "external", "skypilot"]
 
@@ -27,6 +27,22 @@ class Template:
     readiness: Readiness
     endpoints: tuple[ExternalEndpoint, ...] = ()
     """External clusters only: the engines somebody else runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Why a workload is where it is, and what each replica takes there."""
+
+    why: str = ""
+    spot: Literal["never", "allowed", "only"] = "never"
+    gpu_type: str = ""
+    gpus_each: int = 0
+    price_each: float | None = None
+    """USD an hour; None where no price is known."""
+    ceiling_each: float | None = None
+    """The same should no spot instance be found."""
+    max_price_per_hour: float | None = None
+    """USD, of all replicas together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +63,15 @@ class Workload:
     """Empty: shared."""
     weight: int = 100
     shadow_percent: float = 0.0
+    scaling: Scaling | None = None
+    """What moves `replicas` by load; None where Git alone says how many."""
+    placement: Placed = field(default_factory=Placed)
+
+    @property
+    def price_per_hour(self) -> float | None:
+        """USD of all replicas; None where no price is known."""
+        each = self.placement.price_each
+        return None if each is None else round(each * self.replicas, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,5 +85,7 @@ class Desired:
     prune_blocked: str = ""
     shielded: Mapping[str, str] = field(default_factory=dict)
     """Deployments that are wanted, but not known as what or where; and why. What runs of them stays."""
+    gpu_limits: Mapping[str, int] = field(default_factory=dict)
+    """Tenant -> GPUs that its own deployments may have together."""
     deployments_before: int = 0
     """How many deployments there were before this revision; what a share of deletions is of."""

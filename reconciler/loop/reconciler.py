@@ -17,7 +17,7 @@ from math import inf
 from reconciler.backends.base import Backend
 from reconciler.core.action import Delete, Effect, Noop, Plan
 from reconciler.core.backoff import delay_s
-from reconciler.core.compile import compile_workloads, platform_of
+from reconciler.core.compile import compile_workloads, places_of, platform_of
 from reconciler.core.last_good import Effective, Objects, effective
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.plan import Pending, PlanPolicy, parse_confirmation, plan
@@ -60,6 +60,9 @@ class Memory:
 
     effective: Effective | None = None
     desired: Desired = field(default_factory=Desired)
+    compile_due: bool = False
+    places: dict[str, str] = field(default_factory=dict)
+    """Deployment -> the cluster it was put in."""
     objects: Objects | None = None
     known: frozenset[str] | None = None
     observed: tuple[Observation | Unknown, ...] = ()
@@ -172,6 +175,8 @@ class Reconciler:
         if observed != memory.observed:
             memory.routes_due = True
         memory.observed = observed
+        if memory.compile_due:
+            self._compile(current)
 
         policy = self._policy(current)
         self._planned_at = self._clock()
@@ -247,11 +252,19 @@ class Reconciler:
         memory.effective = merged
         memory.routes_due = True
         memory.objects = merged.objects
-        memory.desired = compile_workloads(merged)
+        memory.compile_due = True
         named = frozenset(k.name for k in merged.objects if k.kind == "Deployment")
         if memory.known is not None or before is not None:
             named |= memory.known or frozenset()
         memory.known = named
+
+    def _compile(self, current: Effective) -> None:
+        memory = self.memory
+        # What runs somewhere stays there; of two places, as while it moves, the newest decision counts.
+        places = places_of(current, memory.observed) | memory.places
+        memory.desired = compile_workloads(current, places=places)
+        memory.places = {w.deployment: w.cluster for w in memory.desired.workloads.values()}
+        memory.compile_due = False
 
     def _read(self, _: object) -> None:
         self.wake()

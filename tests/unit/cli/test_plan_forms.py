@@ -47,7 +47,7 @@ def test_roll_scale_and_what_restarts_nothing() -> None:
 From main
 to   the files in .
 
-  ~ Deployment/big in west: roll, 2 replicas replaced, rolling, with at most 1 more than wanted
+  ~ Deployment/big in west: roll, 2 replicas replaced, rolling, with at most 1 more than wanted; 8 GPUs more meanwhile
       runtime.tensorParallel: 4 -> 8
       runtime.maxModelLen: 4096 (new)
       resources.gpu.count: 4 -> 8
@@ -150,7 +150,7 @@ From `main` to `the files in .`.
 
 | | Deployment | Cluster | What | Replicas |
 |---|---|---|---|---|
-| `~` | `big` | `west` | roll: 2 replicas replaced, rolling, with at most 1 more than wanted | 2 |
+| `~` | `big` | `west` | roll: 2 replicas replaced, rolling, with at most 1 more than wanted; 8 GPUs more meanwhile | 2 |
 | `~` | `chat` | `here` | scale: 1 replica started | 2 → 3 |
 
 - Replicas 4 → 5
@@ -232,6 +232,7 @@ def test_json_is_complete_and_plain() -> None:
         "effect": "1 replica started",
         "replicas": {"before": 2, "after": 3},
         "changes": [{"path": "replicas", "before": 2, "after": 3}],
+        "placement": "",
     }
     assert data["gpus"] == [
         {
