@@ -237,6 +237,7 @@ def _function(
         served_name=served_name(name, spec),
         aliases=tuple(spec.model.aliases),
         tasks=tuple(spec.model.tasks),
+        engine=spec.runtime.engine,
         policy=_policy(spec, platform),
         fallbacks=tuple(spec.routing.fallbacks),
         price=routing.Price(
@@ -307,6 +308,7 @@ def _tenant(value: tenant.Tenant) -> routing.Tenant:
         ),
         models=tuple(spec.models),
         clusters=tuple(spec.clusters),
+        residency=tuple(sorted(spec.residency)),
         limits=_limits(spec.limits),
         budget=routing.Budget(
             monthly_usd=spec.budget.monthly_usd,

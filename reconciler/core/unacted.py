@@ -26,7 +26,6 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "price",
     ),
     "Tenant": (
-        "residency",
         "limits",
         "budget",
         "gpus.overQuotaWeight",

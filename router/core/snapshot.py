@@ -7,7 +7,7 @@ pick), and what a key may do (auth).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Final
@@ -111,12 +111,18 @@ def _may_use(tenant: Tenant, function: Function) -> bool:
     return any(fnmatchcase(function.name, pattern) for pattern in tenant.models)
 
 
-def kept_from(arm: Arm, tenant: Tenant) -> str:
-    """Why a tenant's requests do not go to an arm; empty: they may."""
+def kept_from(arm: Arm, tenant: Tenant, residency: Collection[str]) -> str:
+    """Why a tenant's requests do not go to an arm; empty: they may.
+
+    `residency`: labels of the arm's cluster. A cluster that the table does not know has none.
+    """
     if arm.tenants and tenant.name not in arm.tenants:
         return "of other tenants"
     if not any(fnmatchcase(arm.cluster, pattern) for pattern in tenant.clusters):
         return f"cluster {arm.cluster} is not the tenant's"
+    missing = [label for label in tenant.residency if label not in residency]
+    if missing:
+        return f"cluster {arm.cluster} is not {missing[0]}"
     return ""
 
 
@@ -145,6 +151,7 @@ class Snapshot:
     unusable: tuple[str, ...]
     """What is wrong with replicas that were left out, for people."""
     _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
+    _residency: dict[str, tuple[str, ...]]
     _candidates: dict[tuple[str, str], tuple[Candidate, ...]] = field(default_factory=dict)
     _shadows: dict[tuple[str, str], tuple[Shadow, ...]] = field(default_factory=dict)
     _resolved: dict[tuple[str, str], Function | None] = field(default_factory=dict)
@@ -175,6 +182,10 @@ class Snapshot:
         """What a tenant may use, by name."""
         return (f for f in self.table.functions if _may_use(tenant, f))
 
+    def kept_from(self, arm: Arm, tenant: Tenant) -> str:
+        """As the function of this name, by what the table says of the arm's cluster."""
+        return kept_from(arm, tenant, self._residency.get(arm.cluster, ()))
+
     def candidates(self, function: Function, tenant: Tenant) -> tuple[Candidate, ...]:
         """Replicas that may serve this tenant at all; draining ones are not among them."""
         key = (function.name, tenant.name)
@@ -183,7 +194,7 @@ class Snapshot:
             found = self._candidates[key] = tuple(
                 candidate
                 for arm, replicas in self._arms.get(function.name, ())
-                if not arm.shadow_percent and not kept_from(arm, tenant)
+                if not arm.shadow_percent and not self.kept_from(arm, tenant)
                 for candidate in replicas
                 if not candidate.draining
             )
@@ -197,7 +208,7 @@ class Snapshot:
             made = (
                 Shadow(arm.deployment, arm.shadow_percent, tuple(r for r in all_ if not r.draining))
                 for arm, all_ in self._arms.get(function.name, ())
-                if arm.shadow_percent and not kept_from(arm, tenant)
+                if arm.shadow_percent and not self.kept_from(arm, tenant)
             )
             found = self._shadows[key] = tuple(shadow for shadow in made if shadow.replicas)
         return found
@@ -259,4 +270,5 @@ def snapshot(table: RoutingTable) -> Snapshot:
         replicas=replicas,
         unusable=tuple(unusable),
         _arms=arms,
+        _residency={cluster.name: cluster.residency for cluster in table.clusters},
     )

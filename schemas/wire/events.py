@@ -103,23 +103,48 @@ class LoadBatch(Event, frozen=True, kw_only=True):
 
 
 class UsageRecord(Event, frozen=True, kw_only=True):
-    """One finished request in the stream `usage`."""
+    """One finished request in the stream `usage`, under the field `r`. No prompt, no key itself.
 
+    A router numbers what it writes: whoever counts records keeps the greatest `seq` of every
+    journal, and so counts each once however often it is sent.
+    """
+
+    journal: str
+    """One router process, from its start to its end."""
+    seq: int
+    """Grows by one from 1 within the journal."""
     id: str
-    """Of the request; a record is counted once however often it is read."""
+    """Of the request, as in `x-request-id`; a client may have chosen it, and twice."""
     tenant: str
     key: str
+    """Its public id."""
     function: str
     revision: str
-    replica: str
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
-    cost_usd: float
+    """Commit of the config repo whose price holds."""
+    replica: str = ""
+    input_tokens: int = 0
+    """The cached ones are among them."""
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost_nano_usd: int = 0
+    """Billionths of a USD."""
+    estimated: bool = False
+    """The engine did not say; the router counted."""
     started_at: float
-    ttft_s: float | None
-    duration_s: float
-    outcome: str
+    """Unix seconds; the ledger's day is that of its end."""
+    ttft_s: float | None = None
+    duration_s: float = 0.0
+    outcome: str = "ok"
+
+
+class MonthToDate(Event, frozen=True, kw_only=True):
+    """`usage:month:<YYYY-MM>`, a hash by tenant: what the ledger in Git has counted."""
+
+    requests: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    cost_nano_usd: int = 0
 
 
 class RouterHeartbeat(Event, frozen=True, kw_only=True):

@@ -29,6 +29,11 @@ LIMIT_ROUTERS: Final = LIMIT + "routers"
 LIMIT_RECALL: Final = LIMIT + "recall"
 """Channel: the key of a counter that is out, so that routers give back what they hold unused of it."""
 USAGE_STREAM: Final = PREFIX + "usage"
+"""Stream of msgpack UsageRecord, field `r`; cut off behind what is in the ledger."""
+USAGE_SENT: Final = PREFIX + "usage:sent"
+"""Hash: journal -> the greatest seq of it that was put into the stream."""
+USAGE_ACKED: Final = PREFIX + "usage:acked"
+"""Hash: journal -> the greatest seq of it that is in the ledger: routers may forget those."""
 LOAD_CHANNEL: Final = PREFIX + "load"
 
 
@@ -54,6 +59,11 @@ def kv_snapshot(replica: str) -> str:
 
 def engine(replica: str) -> str:
     return f"{PREFIX}engine:{replica}"
+
+
+def usage_month(month: str) -> str:
+    """Hash: tenant -> msgpack MonthToDate, of a month like 2026-11."""
+    return f"{PREFIX}usage:month:{month}"
 
 
 def session(session_hash: str) -> str:

@@ -97,6 +97,8 @@ class Function(Record, frozen=True, kw_only=True):
     """The model name the engines know."""
     aliases: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
+    engine: str = ""
+    """As Function.runtime.engine names it; "": not known."""
     policy: Policy = Policy()
     policy_since: str = ""
     """Commit from which on the policy has been as it is; the oldest known, where that is not known."""
@@ -131,6 +133,8 @@ class Tenant(Record, frozen=True, kw_only=True):
     models: tuple[str, ...] = ()
     """Globs over function names."""
     clusters: tuple[str, ...] = ("*",)
+    residency: tuple[str, ...] = ()
+    """Labels that a cluster must carry, all of them."""
     limits: Limits = Limits()
     budget: Budget = Budget()
     priority: int = 0

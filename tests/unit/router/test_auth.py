@@ -160,6 +160,25 @@ def test_candidates_are_those_of_the_tenants_arms_and_clusters_and_not_draining(
     assert set(snap.replicas) == {"shared", "reds", "far", "leaving"}
 
 
+def test_a_tenants_residency_keeps_it_in_clusters_that_carry_all_its_labels():
+    places = {"eu": ("gdpr",), "lab": ("gdpr", "health"), "us": ("health",), "unlabelled": ()}
+    names = [*places, "not-in-the-table"]
+    arms = tuple(
+        Arm(deployment=c, cluster=c, replicas=(Replica(id=c, url="http://h:1"),)) for c in names
+    )
+    function = Function(name="f", served_name="f", arms=arms)
+    clusters = tuple(Cluster(name=name, residency=labels) for name, labels in places.items())
+    for residency, expected in (
+        ((), names),
+        (("gdpr",), ["eu", "lab"]),
+        (("gdpr", "health"), ["lab"]),
+        (("nowhere",), []),
+    ):
+        tenant = Tenant(name="t", models=("*",), residency=residency)
+        snap = snapshot(msgspec.structs.replace(table([tenant], [function]), clusters=clusters))
+        assert [c.id for c in snap.candidates(function, tenant)] == expected
+
+
 def test_replicas_no_request_could_be_sent_to_are_left_out_and_named():
     urls = [
         "http://h:1", "https://h", "http://[::1]:80/base/", "ftp://h", "http://h:99999", "http://",

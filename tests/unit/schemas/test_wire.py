@@ -109,6 +109,8 @@ EVENTS = [
         parts={"pins": b"\x00"},
     ),
     events.UsageRecord(
+        journal="j",
+        seq=1,
         id="x",
         tenant="t",
         key="k",
@@ -118,12 +120,13 @@ EVENTS = [
         input_tokens=10,
         cached_tokens=5,
         output_tokens=3,
-        cost_usd=0.001,
+        cost_nano_usd=1_000_000,
         started_at=1.0,
         ttft_s=None,
         duration_s=2.0,
         outcome="ok",
     ),
+    events.MonthToDate(requests=1, input_tokens=2, cost_nano_usd=3),
     events.RouterHeartbeat(id="a", at=1.0, generation=7, in_flight={"r": 1}, draining=True),
     events.SessionBatch(
         process="p", pins=(events.SessionPin(b"\x07" * 16, "r", 9.0),), released=(b"\x01",)

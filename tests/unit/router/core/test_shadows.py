@@ -25,6 +25,6 @@ def test_a_shadow_is_no_candidate_and_serves_only_tenants_it_may():
     assert [(s.deployment, s.percent) for s in made.shadows(function, team)] == [("next", 10.0)]
     assert [s.deployment for s in made.shadows(function, other)] == ["next", "theirs"]
     assert made.replicas.keys() == {"stable-0", "next-0", "theirs-0", "going-0"}
-    assert kept_from(arms[2], team) == "of other tenants"
+    assert kept_from(arms[2], team, ()) == "of other tenants"
     elsewhere = Tenant(name="team", clusters=("eu-*",))
-    assert kept_from(arms[0], elsewhere) == "cluster c is not the tenant's"
+    assert kept_from(arms[0], elsewhere, ()) == "cluster c is not the tenant's"
