@@ -96,6 +96,11 @@ class Settings(BaseModel):
     """Requests this process carries at once; beyond it 503. 0: no ceiling."""
     index_blocks: Annotated[int, Field(ge=1)] = 500_000
     """Blocks of 256 bytes of prompt that it remembers where they are cached; about 100 bytes each."""
+    sessions: Annotated[int, Field(ge=1)] = 50_000
+    """Conversations that it remembers the replica of; about 300 bytes each."""
+    secret_file: Path | None = None
+    """A secret that all routers of a fleet share, for the hashes of sessions that they tell one another.
+    Unset: made from the public key of routes, which all of them have."""
     body_timeout_s: Seconds = 30.0
     """How long a client may pause while it sends a body."""
     client_stall_timeout_s: Seconds = 60.0
