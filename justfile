@@ -49,6 +49,10 @@ bench:
 bench-router *args:
     python tests/bench/bench_router.py "$@"
 
+# Where routers send what, beside the same peers, over any trace in Mooncake's format; some 20 minutes, --quick three
+bench-routing *args:
+    python tests/bench/bench_routing.py "$@"
+
 # Everything on this machine, from a copy of the example config repo
 demo *args:
     detoserve up "$@"

@@ -3,18 +3,16 @@
     python tests/bench/bench_routing_core.py costs [--index-blocks 10000000]
     python tests/bench/bench_routing_core.py rules [--trace FILE] [--replicas 8] [--scale 1.0]
 
-`costs` prints microseconds (p50 and p99 of single calls) and bytes. `rules` replays a trace in Mooncake's
-format (timestamp ms, input_length, output_length, hash_ids of 512 tokens) through a discrete-event
-simulation: FCFS prefill, decodes that slow it down, an LRU cache of 2,000 blocks a replica, three
-clusters at 2, 25 and 80 ms. Without a trace it makes one up that looks like agents at work. The
-router sees what a router sees: its own dispatches, first tokens and ends, no engine's cache.
+`costs` prints microseconds (p50 and p99 of single calls) and bytes. `rules` replays a trace (traces.py)
+through a discrete-event simulation: FCFS prefill, decodes that slow it down, an LRU cache of 2,000
+blocks a replica, three clusters at 2, 25 and 80 ms. The router sees what a router sees: its own
+dispatches, first tokens and ends, no engine's cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import random
 import sys
 import time
@@ -29,6 +27,7 @@ from router.core.index import PrefixIndex
 from router.core.route import Candidates, States, choose, dispatched
 from router.core.speeds import Speeds
 from schemas.wire.routing import Policy
+from tests.bench import traces
 
 POLICIES = (
     "round-robin",
@@ -148,39 +147,6 @@ def costs(index_blocks):
 # The rules
 
 
-def agent_trace(seed=7, sessions=260, minutes=10):
-    """Agents: a system prompt by kind, then turn after turn with a pause between."""
-    rng = random.Random(seed)
-    rows, fresh = [], iter(range(10**9))
-    kinds = [[next(fresh) for _ in range(rng.randint(2, 10))] for _ in range(6)]
-    for session in range(sessions):
-        at = rng.random() * minutes * 60_000
-        blocks = list(rng.choice(kinds))
-        for _ in range(max(1, int(rng.expovariate(1 / 9)))):
-            blocks += [next(fresh) for _ in range(rng.choice((1, 1, 2, 3, 6)))]
-            answer = int(rng.expovariate(1 / 250)) + 10
-            length = len(blocks) * 512 - rng.randrange(512)
-            rows.append((at, length, answer, tuple(blocks[: length // 512]), session))
-            at += 2000 + answer * 20 + rng.expovariate(1 / 6000)
-    return sorted(rows)
-
-
-def read_trace(path):
-    rows = []
-    for text in Path(path).read_text().splitlines():
-        row = json.loads(text)
-        whole = row["input_length"] // 512
-        rows.append(
-            (
-                row["timestamp"],
-                row["input_length"],
-                row["output_length"],
-                tuple(row["hash_ids"][:whole]),
-            )
-        )
-    return rows
-
-
 def sessions_of(rows):
     """A session name for each row: that of the row whose prompt this one continues."""
     last, seen, names, count = {}, set(), [], 0
@@ -296,12 +262,11 @@ def replay(rows, names, policy, replicas, scale, index_capacity=2000, seed=5):
 
 
 def rules(trace, replicas, scale, policies=POLICIES):
-    if trace:
-        rows = read_trace(trace)
-        names = sessions_of(rows)
-    else:
-        made = agent_trace()
-        rows, names = [row[:4] for row in made], [row[4] for row in made]
+    rows = [
+        (r.at_s * 1000, r.tokens, r.answer, r.blocks[: r.tokens // traces.BLOCK_TOKENS])
+        for r in traces.load(trace)
+    ]
+    names = sessions_of(rows)
     seen, held = set(), 0
     for _, _, _, blocks in rows:
         for block in blocks:
@@ -329,7 +294,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("costs", "rules"))
     parser.add_argument("--index-blocks", type=int, default=1_000_000)
-    parser.add_argument("--trace")
+    parser.add_argument("--trace", default="agents", help="a file, or a made-up one's name")
     parser.add_argument("--replicas", type=int, default=8)
     parser.add_argument(
         "--scale", type=float, default=1.0, help="how many times faster than recorded"
