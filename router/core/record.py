@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from sys import byteorder
 
 from router.core.score import Fleet, Held
-from router.core.snapshot import Candidate, Snapshot, kept_from
+from router.core.snapshot import Candidate, Snapshot
 from schemas.wire.decisions import CHAIN_STRIDE, Considered, Removed
 from schemas.wire.routing import Function, Tenant
 
@@ -58,7 +58,7 @@ def removed(
             if c.id in kept:
                 continue
             running = in_flight.get(c.id, 0)
-            if reason := kept_from(arm, tenant):
+            if reason := snapshot.kept_from(arm, tenant):
                 pass
             elif arm.shadow_percent:
                 reason = "a shadow: gets copies only"
