@@ -22,14 +22,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from router.access_log import AccessLog
+from router.admin import Admin
 from router.brain import Brain
-from router.client import ClientServer
+from router.downstream.connection import ClientServer
 from router.heartbeat import Heartbeat
 from router.metrics import Metrics
 from router.probes import Probes
 from router.proxy import Proxy
 from router.records import RequestRecord
-from router.server import Admin, Api
+from router.server import Api
 from router.settings import Settings, SettingsInvalid
 from router.state import RouterState
 from router.static_table import StaticTable
@@ -40,10 +41,6 @@ from schemas.wire.envelope import public_key_from_hex
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
 _QUIET_S: Final = 0.25
-_LINGER_S: Final = 2.0
-"""How long the rest of a refused body is read, so that the client sees the refusal."""
-_CUT_S: Final = 0.05
-"""aiohttp waits this long, twice, before it cuts what still runs; 0 would mean for ever."""
 
 
 def _version() -> str:
@@ -79,7 +76,7 @@ class Router:
         self._access_log: AccessLog | None = None
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._clients: web.Server | None = None
+        self._clients: ClientServer | None = None
 
     async def __aenter__(self) -> Self:
         """Listens, and starts to follow the table.
@@ -126,12 +123,10 @@ class Router:
             self._stack.push_async_callback(tracing.close)
         proxy = Proxy(self.state, settings, self._finished, self.brain, tracing)
         self._clients = ClientServer(
-            Api(self.state, proxy, self._finished),
-            handler_cancellation=True,
-            keepalive_timeout=settings.keepalive_timeout_s,
-            lingering_time=_LINGER_S,
-            auto_decompress=False,
-            access_log=None,
+            Api(proxy),
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.body_timeout_s,
+            keepalive_s=settings.keepalive_timeout_s,
         )
         if settings.listen_fd is None:
             self._server = await loop.create_server(
@@ -240,7 +235,8 @@ class Router:
                 task.cancel()
             _, running = await asyncio.wait(running, timeout=0.2)
         if self._clients is not None:
-            await self._clients.shutdown(timeout=_CUT_S)
+            self._clients.close()
+            await asyncio.sleep(0)  # connections say that they are lost in the next pass
         if self._heartbeat is not None:
             await self._heartbeat.farewell()
         self.state.close()

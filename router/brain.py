@@ -7,9 +7,8 @@ which replicas may be candidates (core.pick, core.health).
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
-from types import TracebackType
+from time import perf_counter
 from typing import Final
 
 import msgspec
@@ -42,7 +41,7 @@ class Sent:
         self._prompt = prompt
         self._ticket: Ticket | None = None
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
         now = self._brain.now()
         self._ticket = dispatched(
             self._choice, self._prompt, self._brain.states, self._speeds, now=now
@@ -59,12 +58,7 @@ class Sent:
                 choice.slot, choice.hit_tokens, self._prompt.tokens, at_front_s - away_s
             )
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def finish(self) -> None:
         if self._ticket is not None:
             self._brain.states.load.finish(self._ticket, self._brain.now())
 
@@ -74,7 +68,7 @@ class Brain:
 
     def __init__(self, index_blocks: int) -> None:
         self.states = States(PrefixIndex(index_blocks))
-        self.now = asyncio.get_running_loop().time
+        self.now = perf_counter
         self._slots: dict[str, int] = {}
         self._functions: dict[str, str] = {}
         self._free: list[int] = []

@@ -1,49 +1,12 @@
 """How many requests each replica carries from this process: counted before dispatch, on every path.
 
-A slot is a context manager, so that no way out of a request can forget it. Not here: what other
-routers carry (shared load), or the decision made from it (core.pick).
+Not here: what other routers carry (shared load), or the decision made from it (core.pick). Who counts
+gives back: `exchange` does both in one place each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-
-
-class Slot:
-    """One request's place: on a replica, or (replica None) in the process."""
-
-    __slots__ = ("_in_flight", "_replica")
-
-    def __init__(self, in_flight: InFlight, replica: str | None) -> None:
-        self._in_flight = in_flight
-        self._replica = replica
-
-    def __enter__(self) -> None:
-        load = self._in_flight
-        if self._replica is None:
-            load.total += 1
-        else:
-            load.by_replica[self._replica] = load.by_replica.get(self._replica, 0) + 1
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        load = self._in_flight
-        if self._replica is None:
-            load.total -= 1
-            return
-        left = load.by_replica[self._replica] - 1
-        if left:
-            load.by_replica[self._replica] = left
-        else:
-            # Gone, not zero: replicas come and go, and the map must not remember them all.
-            del load.by_replica[self._replica]
-            if load.on_idle is not None:
-                load.on_idle(self._replica)
 
 
 class InFlight:
@@ -51,11 +14,21 @@ class InFlight:
 
     def __init__(self) -> None:
         self.total = 0
+        """Requests in this process."""
         self.by_replica: dict[str, int] = {}
         self.on_idle: Callable[[str], None] | None = None
 
-    def request(self) -> Slot:
-        return Slot(self, None)
+    def sent(self, replica: str) -> None:
+        """One more on this replica."""
+        self.by_replica[replica] = self.by_replica.get(replica, 0) + 1
 
-    def slot(self, replica: str) -> Slot:
-        return Slot(self, replica)
+    def ended(self, replica: str) -> None:
+        """One less."""
+        left = self.by_replica[replica] - 1
+        if left:
+            self.by_replica[replica] = left
+            return
+        # Gone, not zero: replicas come and go, and the map must not remember them all.
+        del self.by_replica[replica]
+        if self.on_idle is not None:
+            self.on_idle(replica)

@@ -13,9 +13,8 @@ from typing import Final
 
 from router.core.health import Failure
 from router.core.snapshot import Candidate
-from router.relay import Relay
 from router.state import RouterState
-from router.upstream.connection import UpstreamFailed
+from router.upstream.connection import ResponseHead, UpstreamFailed
 
 _TIMEOUT_S: Final = 5.0
 _AT_ONCE: Final = 32
@@ -27,7 +26,7 @@ class Probes:
     def __init__(self, state: RouterState, *, interval_s: float, path: str = "/health") -> None:
         self._state = state
         self._interval_s = interval_s
-        self._path = path.encode("ascii")
+        self._path = path
         self._places = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
@@ -68,26 +67,39 @@ class Probes:
             connection = pool.take() or await pool.connect(_TIMEOUT_S)
         except UpstreamFailed:
             return "refused"
-        relay = Relay(
-            asyncio.get_running_loop(),
-            connection,
-            first_byte_timeout_s=_TIMEOUT_S,
-            between_chunks_timeout_s=_TIMEOUT_S,
-            client_stall_timeout_s=_TIMEOUT_S,
-        )
+        answer = _Answer()
         try:
             connection.send(
-                b"GET %b%b HTTP/1.1\r\nHost: %b\r\n\r\n"
-                % (candidate.base_path.encode(), self._path, candidate.host_header),
+                f"GET {candidate.base_path}{self._path} HTTP/1.1\r\n"
+                f"Host: {candidate.host_header}\r\n\r\n".encode("ascii"),
                 b"",
-                relay,
+                answer,
             )
-            head = await relay.answered()
-            await relay.body_start(1024)
+            async with asyncio.timeout(_TIMEOUT_S):
+                status = await answer.status
+        except TimeoutError:
+            return "timeout"
         except UpstreamFailed as error:
             return None if error.stale else "timeout"
         else:
-            return "probe" if head.status >= 500 else None
+            return "probe" if status >= 500 else None
         finally:
-            relay.close()
             pool.give_back(connection)
+
+
+class _Answer:
+    """Receiver of a health check: of all that comes only the status counts."""
+
+    def __init__(self) -> None:
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._status = 0
+
+    def received(self, head: ResponseHead | None, data: bytes, complete: bool) -> None:  # noqa: ARG002 - a Receiver is called so
+        if head is not None:
+            self._status = head.status
+        if complete and not self.status.done():
+            self.status.set_result(self._status)
+
+    def failed(self, error: UpstreamFailed) -> None:
+        if not self.status.done():
+            self.status.set_exception(error)

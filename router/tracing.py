@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from time import perf_counter_ns
 from typing import Final
 
-from aiohttp import web
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -28,6 +27,7 @@ from opentelemetry.util.types import AttributeValue
 
 from router.core.api import MODEL_PREFIX, OWN, PASSED, stored
 from router.core.snapshot import Candidate
+from router.downstream.request import Request
 from router.records import Outcome, RequestRecord
 from router.relay import ClientGone, Relay
 from router.settings import Settings
@@ -222,23 +222,23 @@ class Tracing:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint)))
         self.tracer = self._provider.get_tracer("detoserve.router", version)
 
-    def begin(self, request: web.BaseRequest, record: RequestRecord) -> RequestTrace | None:
+    def begin(self, request: Request, record: RequestRecord) -> RequestTrace | None:
         """The server span of a request that has just been read."""
-        path = request.raw_path.partition("?")[0]
+        path = request.path
         if path in _UNTRACED:
             return None
         clock_ns = time.time_ns() - perf_counter_ns()
         route = _route(request.method, path)
         attributes: dict[str, AttributeValue] = {
             "http.request.method": request.method,
-            "url.scheme": request.scheme,
+            "url.scheme": "http",
         }
         if route is not None:
             attributes["http.route"] = route
             attributes["url.path"] = path[:200]
         span = self.tracer.start_span(
             f"{request.method} {route}" if route else request.method,
-            _parent(request.raw_headers),
+            _parent(request.headers),
             SpanKind.SERVER,
             attributes,
             start_time=clock_ns + int(record.started * 1e9),

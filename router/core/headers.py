@@ -24,6 +24,8 @@ _Use = Literal[
     "connection",
     "encoding",
     "expect",
+    "length",
+    "coding",
 ]
 
 _READ: Final[dict[bytes, _Use]] = {
@@ -36,9 +38,11 @@ _READ: Final[dict[bytes, _Use]] = {
     # The body is decoded and complete when it is passed on.
     b"content-encoding": "encoding",
     b"expect": "expect",
+    b"content-length": "length",
+    b"transfer-encoding": "coding",
 }
 _DROPPED: Final = re.compile(
-    rb"keep-alive|te|trailers?|transfer-encoding|upgrade|proxy-.*|host|content-length"
+    rb"keep-alive|te|trailers?|upgrade|proxy-.*|host"
     # Engines answer without compression, so that an error event can be added to a stream.
     rb"|accept-encoding|http2-settings"
     # Whoever says who he is without a key.
@@ -75,6 +79,10 @@ class ClientHeaders(msgspec.Struct):
     encoding: bytes = b""
     """Of the body, in lower case."""
     expects_continue: bool = False
+    length: int | None = None
+    """Of the body as it is sent."""
+    coding: bytes | None = None
+    """Transfer-Encoding."""
 
 
 def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
@@ -102,6 +110,12 @@ def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
             lines.append(b"%b: %b\r\n" % (name, value))
         elif use == "encoding":
             out.encoding = value.strip().lower()
+        elif use == "length":
+            out.length = int(value)  # llhttp has let only digits through
+        elif use == "coding":
+            if out.coding is not None or value.strip().lower() != b"chunked":
+                return _CODING
+            out.coding = b"chunked"
         elif use == "expect":
             out.expects_continue = value.strip().lower() == b"100-continue"
         elif use == "connection":
@@ -112,4 +126,7 @@ def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
     return out
 
 
+_CODING: Final = bad_request(
+    "The request is not valid HTTP/1.1: the one Transfer-Encoding is chunked.", code="invalid_http"
+)
 _TWICE: Final = bad_request("Credentials are given more than once.", code="ambiguous_credentials")

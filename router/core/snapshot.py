@@ -37,7 +37,7 @@ class Candidate:
     """Of the engine's URL, without a slash at the end."""
     api_path: str
     """What it has in place of `/v1`."""
-    host_header: bytes
+    host_header: str
     route_header: bytes
     """`x-detoserve-route: <id>;g=<generation>;d=`, to which a decision id is added."""
     dedicated: bool
@@ -100,7 +100,7 @@ def _candidate(
         port=port or (443 if tls else 80),
         base_path=url.path.rstrip("/"),
         api_path=replica.api_path.rstrip("/"),
-        host_header=(f"{host}:{port}" if port else host).encode(),
+        host_header=f"{host}:{port}" if port else host,
         route_header=f"x-detoserve-route: {shown};g={generation};d=".encode(),
         dedicated=len(arm.tenants) == 1,
         cidrs=cidrs,

@@ -194,7 +194,7 @@ def test_replicas_no_request_could_be_sent_to_are_left_out_and_named():
     assert len(snap.unusable) == 6
     assert snap.replicas["r1"].port == 443
     assert snap.replicas["r2"].base_path == "/base"
-    assert snap.replicas["r2"].host_header == b"[::1]:80"
+    assert snap.replicas["r2"].host_header == "[::1]:80"
 
 
 def test_an_id_cannot_break_a_header():

@@ -1,0 +1,598 @@
+"""One request, from its last byte read to the end of its answer, as a state machine.
+
+Nothing waits in the common case: a request is authenticated, routed and written to an engine in the
+call that read it, and the answer's bytes go on in the calls that read them. Only what must wait (a
+new connection, a body to inflate) is a task. However a request ends, `_end` gives back all that it
+held. The decisions are core's; the bytes go by relay. Not here: listening (downstream).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from time import perf_counter
+from typing import Any, Final
+
+from router.brain import Sent
+from router.core import errors
+from router.core.admission import admit
+from router.core.api import Endpoint
+from router.core.auth import Principal
+from router.core.blocks import Prompt
+from router.core.errors import Refusal, Refused
+from router.core.headers import ClientHeaders
+from router.core.health import Breaker, Failure, kept_out
+from router.core.inflate import EncodingInvalid, inflate
+from router.core.pick import available, by_weight, pick
+from router.core.request import BodyInvalid, read_form, read_json, with_model
+from router.core.retries import attempts, is_retryable
+from router.core.snapshot import Candidate, Snapshot
+from router.downstream.answer import STATUS_LINES, refuse
+from router.downstream.connection import ClientConnection
+from router.downstream.request import Request
+from router.proxy import Proxy, answers, meant
+from router.relay import Framing, Relay
+from router.upstream.connection import (
+    ConnectFailed,
+    Connection,
+    ResponseHead,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
+from router.upstream.pool import Pool
+from schemas.wire.routing import Function
+
+_log: Final = logging.getLogger(__name__)
+_LOOKED_AT_BYTES: Final = 4096
+"""Of a 500's body, to tell an engine that drains from one that fails."""
+_REST_S: Final = 0.25
+"""How long a replica is spared that is full and does not say for how long."""
+_FALL_BACK_ON: Final = frozenset({"no_replica", "at_capacity", "upstream_failed"})
+_PLAIN: Final = frozenset({b"", b"identity"})
+_ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
+_EVENTS: Final = b"text/event-stream"
+
+
+class Exchange:
+    """A request and its answer. `begin` starts it; the client's connection is told of its end."""
+
+    __slots__ = (
+        "_body",
+        "_breaker",
+        "_candidate",
+        "_candidates",
+        "_client",
+        "_connection",
+        "_delivering",
+        "_endpoint",
+        "_function",
+        "_functions",
+        "_headers",
+        "_keep",
+        "_left",
+        "_model",
+        "_over",
+        "_pool",
+        "_principal",
+        "_prompt",
+        "_proxy",
+        "_relay",
+        "_request",
+        "_sent",
+        "_sent_body",
+        "_snapshot",
+        "_span",
+        "_state",
+        "_task",
+        "_tried",
+        "record",
+    )
+
+    _function: Function
+    _headers: ClientHeaders
+    _snapshot: Snapshot
+    _candidate: Candidate
+    _principal: Principal
+
+    def __init__(
+        self, proxy: Proxy, request: Request, client: ClientConnection, endpoint: Endpoint
+    ) -> None:
+        self._proxy = proxy
+        self._state = proxy.state
+        self._request = request
+        self._client = client
+        self._endpoint = endpoint
+        self.record = proxy.record(request, endpoint.operation)
+        self._over = False
+        self._functions: list[Function] = []
+        """To be asked if the ones before cannot answer."""
+        self._candidates: tuple[Candidate, ...] = ()
+        self._model: str | None = None
+        self._span: tuple[int, int] | None = None
+        """Where the model's name stands in a form."""
+        self._body = b""
+        self._sent_body = b""
+        self._prompt: Prompt | None = None
+        """What routing knows of the body; None where the policy does not ask."""
+        self._left = 0
+        self._tried: list[str] = []
+        self._task: asyncio.Task[None] | None = None
+        # Of the running attempt:
+        self._sent: Sent | None = None
+        self._breaker: Breaker | None = None
+        """Half open: this request is its one trial."""
+        self._pool: Pool | None = None
+        self._connection: Connection | None = None
+        self._relay: Relay | None = None
+        self._delivering = False
+        """The client has some of the answer: there is no other any more."""
+        self._keep = False
+
+    # The client's side.
+
+    def begin(self) -> None:
+        """Answers, or sends it on; what follows comes as calls."""
+        self._state.in_flight.total += 1
+        self._client.ongoing = self
+        try:
+            self._read()
+        except Refused as refused:
+            self._refuse(refused.refusal)
+
+    def client_left(self) -> None:
+        """Nobody is there to write to: ends the exchange before the engine's next bytes are read."""
+        self.record.outcome = "client_gone"
+        self._end(keep=False)
+
+    def pause(self) -> None:
+        if self._relay is not None:
+            self._relay.pause()
+
+    def resume(self) -> None:
+        if self._relay is not None:
+            self._relay.resume()
+
+    # From the body to the function that is meant.
+
+    def _read(self) -> None:
+        proxy = self._proxy
+        self._snapshot, self._headers, self._principal = proxy.authenticate(
+            self._request, self.record
+        )
+        refusal = admit(self._state.in_flight.total - 1, proxy.settings.max_in_flight)
+        if refusal is not None:
+            raise Refused(refusal)
+        self._body = self._request.body
+        encoding = self._headers.encoding
+        if encoding in _PLAIN:
+            self._resolve()
+        elif encoding in _ENCODINGS:
+            self._later(self._inflate())
+        else:
+            raise Refused(errors.UNSUPPORTED_ENCODING)
+
+    async def _inflate(self) -> None:
+        """A bomb costs no more than the largest body, and holds up nobody."""
+        limit = self._proxy.settings.max_body_bytes
+        encoding = self._headers.encoding
+        parts: list[bytes] = []
+        size = 0
+        try:
+            for part in inflate(encoding, self._body):
+                size += len(part)
+                if size > limit:
+                    raise Refused(errors.too_large(limit))
+                parts.append(part)
+                await asyncio.sleep(0)
+        except EncodingInvalid as error:
+            raise Refused(errors.bad_json(f"as {encoding.decode()}, {error}")) from None
+        self._body = b"".join(parts)
+        self._resolve()
+
+    def _resolve(self) -> None:
+        """Which function is meant, and which may answer in its place."""
+        endpoint, snapshot, body = self._endpoint, self._snapshot, self._body
+        tenant = self._principal.tenant
+        self.record.request_bytes = len(body)
+        if endpoint.stored:
+            self._ask_keeper()
+            return
+        try:
+            if endpoint.multipart:
+                self._model, self._span = read_form(
+                    body, self._headers.content_type.decode("latin-1")
+                )
+            else:
+                self._model = read_json(body)
+            function = meant(snapshot, tenant, endpoint, self._model)
+        except BodyInvalid as error:
+            raise Refused(errors.bad_json(str(error), param=error.param)) from None
+        self._functions = [function]
+        for name in function.fallbacks:
+            fallback = snapshot.functions.get(name)
+            # A fallback is no way to a model that the tenant may not use.
+            if (
+                fallback is not None
+                and snapshot.may_use(tenant, fallback)
+                and answers(fallback, endpoint)
+            ):
+                self._functions.append(fallback)
+        self._ask_function()
+
+    def _ask_keeper(self) -> None:
+        """Passes on a request about something that an engine keeps for this tenant alone."""
+        snapshot, tenant = self._snapshot, self._principal.tenant
+        keepers = [
+            (function, candidate)
+            for function in snapshot.models(tenant)
+            if answers(function, self._endpoint)
+            for candidate in snapshot.candidates(function, tenant)
+            if candidate.dedicated
+        ]
+        if len(keepers) != 1:
+            raise Refused(errors.nothing_stored(self._request.path[:300]))
+        self._function, keeper = keepers[0]
+        self._candidates = (keeper,)
+        self._start()
+
+    def _ask_function(self) -> None:
+        """The next of the functions that may answer."""
+        function = self._function = self._functions.pop(0)
+        body = self._request_body(function)
+        self._prompt = self._proxy.brain.prompt(function, self._endpoint, self._body)
+        self._sent_body = body
+        self._candidates = self._snapshot.candidates(function, self._principal.tenant)
+        self._start()
+
+    def _request_body(self, function: Function) -> bytes:
+        """As this function's engines are to get it."""
+        body, model, span = self._body, self._model, self._span
+        if model is None or model == function.served_name:
+            return body
+        if span is None:
+            return with_model(body, function.served_name)
+        return body[: span[0]] + function.served_name.encode() + body[span[1] :]
+
+    # One attempt after another, until an answer begins or there is nowhere left to send it.
+
+    def _start(self) -> None:
+        function = self._function
+        self.record.function = function.name
+        state = self._state.function(function.name)
+        state.turn += 1
+        state.budget.request(self._proxy.loop.time())
+        self._left = attempts(function.policy)
+        self._tried.clear()
+        chosen = self._choose()
+        if chosen is None:
+            code = errors.at_capacity if self._candidates else errors.no_replica
+            raise Refused(code(function.name))
+        self._attempt(*chosen)
+
+    def _choose(self) -> tuple[Candidate, Sent | None] | None:
+        """A replica for one attempt, and how to count it where the policy weighs what it holds."""
+        state, function = self._state, self._function
+        load = state.in_flight.by_replica
+        ejected = kept_out(self._candidates, state.breakers, self._proxy.loop.time())
+        pool = available(self._candidates, load, without=self._tried, ejected=ejected)
+        arm = by_weight(pool, state.chance) if len(pool) > 1 else pool
+        if arm and self._prompt is not None:
+            return self._proxy.brain.choose(arm, function, self._prompt, state.chance)
+        turn = state.function(function.name).turn
+        found = pick(arm, function.policy.name, load, turn, state.chance)
+        return None if found is None else (found, None)
+
+    def _choose_again(self) -> tuple[Candidate, Sent | None] | None:
+        """A replica for one more attempt, if it may be made at all."""
+        if not self._left:
+            return None
+        found = self._choose()
+        budget = self._state.function(self._function.name).budget
+        percent = self._function.policy.retry_budget_percent
+        if found is None or not budget.spend(self._proxy.loop.time(), percent):
+            return None
+        return found
+
+    def _attempt(self, candidate: Candidate, sent: Sent | None) -> None:
+        """Counts it, and sends the request to one replica."""
+        state, record = self._state, self.record
+        replica = candidate.id
+        self._candidate = candidate
+        self._left -= 1
+        self._tried.append(replica)
+        record.attempts += 1
+        record.replica = replica
+        state.in_flight.sent(replica)
+        if state.breakers:
+            breaker = state.breakers.get(replica)
+            if breaker is not None and breaker.state(self._proxy.loop.time()) == "half-open":
+                breaker.trying = True
+                self._breaker = breaker
+        if sent is not None:
+            self._sent = sent
+            sent.begin()
+        if record.trace is not None:
+            record.trace.attempt(candidate, record)
+        self._pool = state.pool(candidate)
+        self._send()
+
+    def _send(self) -> None:
+        assert self._pool is not None
+        connection = self._pool.take()
+        if connection is None:
+            self._later(self._connect(self._pool))
+        else:
+            self._use(connection)
+
+    async def _connect(self, pool: Pool) -> None:
+        began = self._proxy.loop.time()
+        try:
+            connection = await pool.connect(self._function.policy.connect_timeout_s)
+        except UpstreamFailed as error:
+            self._attempt_failed(error)
+            return
+        self._proxy.brain.connected(self._candidate, self._proxy.loop.time() - began)
+        self._use(connection)
+
+    def _use(self, connection: Connection) -> None:
+        proxy, policy = self._proxy, self._function.policy
+        self._connection = connection
+        self._relay = Relay(
+            self,
+            connection,
+            proxy.deadlines,
+            first_byte_timeout_s=policy.first_byte_timeout_s,
+            between_chunks_timeout_s=policy.between_chunks_timeout_s,
+            client_stall_timeout_s=proxy.settings.client_stall_timeout_s,
+        )
+        if not self.record.dispatched:
+            self.record.dispatched = perf_counter()
+        connection.send(self._head(), self._sent_body, self._relay)
+
+    def _head(self) -> bytes:
+        candidate, record, lines = self._candidate, self.record, self._headers.lines
+        path = self._request.target
+        if candidate.api_path != "/v1" and path.startswith("/v1/"):
+            path = candidate.api_path + path[3:]
+        if record.trace is not None:
+            lines = record.trace.passed_on(lines)
+        return (
+            f"{self._request.method} {candidate.base_path}{path} HTTP/1.1\r\n"
+            f"Host: {candidate.host_header}\r\nContent-Length: {len(self._sent_body)}\r\n"
+            f"X-Request-Id: {record.id}\r\n"
+        ).encode("latin-1") + b"".join((*lines, b"\r\n"))
+
+    # What becomes of the attempt: called by the relay.
+
+    def answered(self) -> None:
+        """Some of the body is there: it is delivered, or thrown away for another's."""
+        try:
+            self._judge()
+        except Refused as refused:
+            self._refuse(refused.refusal)
+        except Exception as error:  # noqa: BLE001 - the engine's connection must not take the blame
+            self._fail(error)
+
+    def ended(self, error: Exception | None) -> None:
+        """The answer is complete, or will never be."""
+        try:
+            if error is None:
+                self._end(keep=self._keep)
+            elif self._client.transport is not None and not self._delivering:
+                assert isinstance(error, UpstreamFailed)
+                self._attempt_failed(error)
+            else:
+                self._broke_off(error)
+        except Exception as bug:  # noqa: BLE001 - as above
+            self._fail(bug)
+
+    def _judge(self) -> None:
+        relay = self._relay
+        assert relay is not None
+        assert relay.head is not None
+        head = relay.head
+        if head.status < 400:
+            if self._state.breakers:
+                self._state.recovered(self._candidate.id)
+            self._deliver(relay, head)
+            return
+        start = b""
+        if head.status == 500:
+            start = relay.start()
+            if not relay.complete and len(start) < _LOOKED_AT_BYTES:
+                return  # more is to come, and decides
+        if is_retryable(head.status, start):
+            self._rest(head)
+            alternative = self._choose_again()
+            if alternative is not None:
+                self._end_attempt()
+                self._attempt(*alternative)
+                return
+            if self._functions:
+                raise Refused(errors.at_capacity(self._function.name))
+        elif head.status < 500:
+            self._state.recovered(self._candidate.id)
+        self._deliver(relay, head)
+
+    def _attempt_failed(self, error: UpstreamFailed) -> None:
+        """Nothing of an answer came: again elsewhere, if that may help."""
+        if error.stale:
+            # The engine closed it while it was idle: that says nothing about the engine.
+            self._drop_connection()
+            self._send()
+            return
+        self._blame(error)
+        if self.record.trace is not None:
+            self.record.trace.failed(error)
+        too_late = isinstance(error, UpstreamTimeout) and error.phase != "connect"
+        alternative = None if too_late else self._choose_again()
+        if alternative is None:
+            self._refuse(self._why(error))
+            return
+        self._end_attempt()
+        self._attempt(*alternative)
+
+    def _why(self, error: UpstreamFailed) -> Refusal:
+        if isinstance(error, UpstreamTimeout) and error.phase == "first-byte":
+            return errors.upstream_timeout(self._function.name, error.waited_s)
+        return errors.upstream_failed(self._function.name)
+
+    def _blame(self, error: UpstreamFailed) -> None:
+        """A failure that is the replica's fault."""
+        kind: Failure = "failed"
+        if isinstance(error, ConnectFailed):
+            kind = "refused"
+        elif isinstance(error, UpstreamTimeout):
+            kind = "timeout"
+        replica = self._candidate.id
+        breaker, now = self._state.breaker(replica), self._proxy.loop.time()
+        before = breaker.state(now)
+        breaker.failed(now, kind)
+        if before == "closed" and breaker.state(now) == "open":
+            _log.warning("replica %s is kept out: %s", replica, error)
+
+    def _rest(self, head: ResponseHead) -> None:
+        """It answered that it takes no more: for how long, it says itself or is guessed."""
+        breaker, now = self._state.breaker(self._candidate.id), self._proxy.loop.time()
+        if head.status == 500:
+            breaker.failed(now, "refused")  # it shuts down
+            return
+        text = head.retry_after or b""
+        breaker.asked_for_rest(now, float(text) if text.isdigit() else _REST_S)
+
+    def _deliver(self, relay: Relay, head: ResponseHead) -> None:
+        """Passes the answer on."""
+        record, client = self.record, self._client
+        status = head.status
+        if self._sent is not None:
+            self._sent.first_token(streamed=head.content_type.startswith(_EVENTS))
+        framing: Framing
+        if status in (204, 304):
+            framing, frame = "none", b""
+        elif head.length is not None:
+            framing, frame = "length", b"Content-Length: %d\r\n" % head.length
+        elif self._request.modern:
+            framing, frame = "chunked", b"Transfer-Encoding: chunked\r\n"
+        else:
+            framing, frame = "close", b""
+        keep = self._request.keep_alive and self._request.modern and not self._state.draining
+        self._keep = keep and framing != "close"
+        record.status = status
+        if status >= 400:
+            record.outcome = "upstream_error" if status >= 500 else "client_error"
+            if status in (429, 503) and head.retry_after is None:
+                frame = b"Retry-After: 1\r\n" + frame
+        lines = b"%b%b%b%b\r\nx-request-id: %b\r\n%b%b" % (
+            STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
+            head.headers,
+            self._candidate.route_header,
+            record.decision.encode(),
+            record.id.encode(),
+            frame,
+            b"\r\n" if keep else b"Connection: close\r\n\r\n",
+        )
+        transport = client.transport
+        assert transport is not None  # else client_left had been called
+        self._delivering = True
+        if client.write_paused:
+            relay.pause()
+        relay.deliver(transport, lines, framing)
+
+    def _broke_off(self, error: Exception) -> None:
+        """After some of the answer was sent: it cannot be made good."""
+        record, relay = self.record, self._relay
+        assert relay is not None
+        if not isinstance(error, UpstreamFailed):
+            record.outcome = "client_gone"
+            self._end(keep=False)
+            return
+        told = relay.tell_of_failure()
+        self._blame(error)
+        record.outcome = "timeout" if isinstance(error, UpstreamTimeout) else "interrupted"
+        # A stream that ended with an error event is complete; to close its connection would
+        # break the request that the client may be sending on it already.
+        self._end(keep=told and self._keep)
+
+    # Ends.
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """Another function answers instead, or the router itself does."""
+        self._end_attempt()
+        if self._functions and refusal.code in _FALL_BACK_ON:
+            try:
+                self._ask_function()
+            except Refused as refused:
+                self._refuse(refused.refusal)
+            return
+        record, request = self.record, self._request
+        self._proxy.refused(refusal, record)
+        keep = request.keep_alive and not self._state.draining
+        transport = self._client.transport
+        if transport is not None:
+            transport.write(refuse(refusal, record.id, close=not keep))
+        self._end(keep=keep)
+
+    def _fail(self, error: BaseException) -> None:
+        """A defect of the router's own ends this request and no other."""
+        self._end(keep=None)
+        self._client.failed(error)
+
+    def _drop_connection(self) -> None:
+        relay, connection = self._relay, self._connection
+        if relay is not None:
+            self._relay = None
+            relay.close()
+            record = self.record
+            record.response_bytes = relay.sent_bytes
+            record.first_body = relay.first_body_at
+            record.last_body = relay.since
+            record.chunks = relay.chunks
+        if connection is not None:
+            self._connection = None
+            assert self._pool is not None
+            self._pool.give_back(connection)
+
+    def _end_attempt(self) -> None:
+        """Gives back what the running attempt holds, if there is one."""
+        if self._pool is None:
+            return
+        trace = self.record.trace
+        if trace is not None:
+            trace.attempt_ended(self._relay)
+        self._drop_connection()
+        self._pool = None
+        self._state.in_flight.ended(self._candidate.id)
+        if self._breaker is not None:
+            self._breaker.trying = False
+            self._breaker = None
+        if self._sent is not None:
+            self._sent.finish()
+            self._sent = None
+
+    def _end(self, *, keep: bool | None) -> None:
+        """However it ended: gives back everything, once. `keep` None: the client hears it elsewhere."""
+        if self._over:
+            return
+        self._over = True
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task(self._proxy.loop):
+            task.cancel()
+        self._end_attempt()
+        self._state.in_flight.total -= 1
+        self._proxy.over(self.record)
+        if keep is not None:
+            self._client.done(keep=keep)
+
+    # What has to wait.
+
+    def _later(self, waiting: Coroutine[Any, Any, None]) -> None:
+        self._task = self._proxy.loop.create_task(self._guarded(waiting))
+
+    async def _guarded(self, waiting: Coroutine[Any, Any, None]) -> None:
+        try:
+            await waiting
+        except Refused as refused:
+            self._refuse(refused.refusal)
+        except Exception as error:  # noqa: BLE001 - nobody awaits this task
+            self._fail(error)
