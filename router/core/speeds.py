@@ -36,7 +36,8 @@ MIN_FIT_TOKENS: Final = 20_000.0
 RAMP_S: Final = 30.0
 RAMP_SLOW: Final = 2.0
 """How much slower a replica is taken to be the moment it appears."""
-_RTT_GAIN: Final = 1 / 8
+_RTT_GAIN: Final = 1 / 2
+"""Noise only adds: the shorter one is the truer one."""
 _RTT_RISE: Final = 1 / 32
 """Connections are at times slow to open for reasons other than distance."""
 
