@@ -1,12 +1,10 @@
-"""`detoserve-agent`: what runs beside inference engines. For now that is the simulated engine.
-
-Not here: the agent itself, which reports an engine's cache and load.
-"""
+"""`detoserve-agent`: what runs beside inference engines, and an engine that is simulated."""
 
 from __future__ import annotations
 
 import typer
 
+from agent import command
 from agent.simulated.command import CONTEXT, simulate
 
 app = typer.Typer(
@@ -15,13 +13,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.command("run", context_settings=command.CONTEXT)(command.run)
 app.command("simulate", context_settings=CONTEXT)(simulate)
-
-
-@app.callback()
-def _root() -> None:
-    # Its presence keeps `simulate` a subcommand while it is the only one.
-    pass
 
 
 def main() -> None:

@@ -76,9 +76,17 @@ class Gauges:
 
 
 def render(
-    metrics: EngineMetrics, gauges: Gauges, *, model_name: str, cache_config: Mapping[str, int]
+    metrics: EngineMetrics,
+    gauges: Gauges,
+    *,
+    model_name: str,
+    cache_config: Mapping[str, int],
+    started_at: float,
 ) -> str:
-    """The whole /metrics page. `cache_config` becomes the labels of vllm:cache_config_info."""
+    """The whole /metrics page. `cache_config` becomes the labels of vllm:cache_config_info.
+
+    `started_at`: Unix seconds.
+    """
     labels = f'engine="0",model_name="{_escape(model_name)}"'
     lines: list[str] = []
 
@@ -113,6 +121,9 @@ def render(
         ("e2e_request_latency", "Time from arrival to the end.", metrics.e2e_latency),
     ):
         lines.extend(histogram.render(f"vllm:{name}_seconds", labels, help_text))
+    started = "process_start_time_seconds"
+    lines.append(f"# HELP {started} Start time of the process since unix epoch in seconds.")
+    lines.extend((f"# TYPE {started} gauge", f"{started} {started_at}"))
     return "\n".join(lines) + "\n"
 
 

@@ -142,6 +142,7 @@ class _Operations:
         self._simulated = simulated
         self._engine = engine
         self._state = state
+        self._started_at = time.time()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -178,6 +179,7 @@ class _Operations:
                 "num_gpu_blocks": settings.num_blocks,
                 "kv_cache_size_tokens": settings.kv_cache_tokens,
             },
+            started_at=self._started_at,
         )
         content_type = "text/plain; version=0.0.4; charset=utf-8"
         return web.Response(body=page.encode(), headers={"Content-Type": content_type})

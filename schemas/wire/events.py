@@ -21,34 +21,82 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 class KvBatch(Event, frozen=True, kw_only=True):
     """One entry of the stream `kv:<replica>`: what its cache gained and lost, in order.
 
-    Hashes are packed big-endian, 8 bytes each. A reader that sees a new epoch, or a gap in seq,
-    forgets what it knew of the replica.
+    Hashes are packed big-endian, 8 bytes each (token_blocks). A reader that sees a new epoch, or a
+    gap in seq, forgets what it knew of the replica. `kv:<replica>:snapshot` has the same form: all
+    that was held after the batch of that number.
     """
 
     epoch: int
     """Changes when the engine starts."""
     seq: int
+    """Grows by one from batch to batch; from 0 in each epoch."""
     cleared: bool = False
     """Applied first."""
     removed: bytes = b""
     """Applied second."""
     stored: bytes = b""
-    """Applied last."""
+    """Applied last; a block comes after those before it in its chain."""
 
 
 class EngineReport(Event, frozen=True, kw_only=True):
-    """`engine:<replica>`: what one engine says of itself."""
+    """`engine:<replica>`, expiring, and the channel `engines`: what one engine says of itself.
+
+    Counters are of this epoch. A reader that sees another (epoch, clears) forgets what it thought
+    the replica holds.
+    """
 
     replica: str
     at: float
-    """Unix seconds."""
+    """Unix seconds; a reader believes none that is not newer than the last."""
     epoch: int = 0
+    """Changes when the engine starts; 0: nobody can tell."""
+    clears: int = 0
+    """How often the engine emptied its cache, or events were lost that nobody can replay."""
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
-    """0 to 1."""
+    """0 to 1: the share that running requests hold."""
     capacity_blocks: int = 0
+    """0: not known."""
     block_tokens: int = 0
+    events: bool = False
+    """Whether the counters below are kept from the engine's own KV events."""
+    stored_tokens: int = 0
+    """That its cache took in."""
+    removed_tokens: int = 0
+    """That it gave up to make room."""
+
+
+class AgentHeartbeat(Event, frozen=True, kw_only=True):
+    """`agent:<id>`, expiring: which engines an agent follows, and what it cannot."""
+
+    id: str
+    at: float
+    cluster: str = ""
+    """Empty: it follows engines of every cluster."""
+    replicas: tuple[str, ...] = ()
+    problems: dict[str, str] = msgspec.field(default_factory=dict)
+    """Replica -> what is wrong, for people."""
+    version_text: str = ""
+
+
+class AgentPost(Event, frozen=True, kw_only=True):
+    """The body of one POST of an agent that has no Redis. Its cluster stands in the headers."""
+
+    heartbeat: AgentHeartbeat
+    reports: tuple[EngineReport, ...] = ()
+    batches: tuple[tuple[str, KvBatch], ...] = ()
+    """(replica, batch), in order."""
+    snapshots: tuple[tuple[str, KvBatch], ...] = ()
+
+
+class AgentAnswer(Event, frozen=True, kw_only=True):
+    """What it gets back: the replicas of its cluster, and those of its words that count for nothing."""
+
+    replicas: dict[str, str] = msgspec.field(default_factory=dict)
+    """Id -> base URL as routers know it."""
+    refused: dict[str, str] = msgspec.field(default_factory=dict)
+    """Replica -> why."""
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, array_like=True):

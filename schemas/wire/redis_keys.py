@@ -28,6 +28,8 @@ LIMIT_ROUTERS: Final = LIMIT + "routers"
 """Sorted set: router processes that count against limits, by when they were last heard (ms)."""
 LIMIT_RECALL: Final = LIMIT + "recall"
 """Channel: the key of a counter that is out, so that routers give back what they hold unused of it."""
+ENGINES_CHANNEL: Final = PREFIX + "engines"
+"""Channel: msgpack EngineReport, each as its key is set."""
 USAGE_STREAM: Final = PREFIX + "usage"
 """Stream of msgpack UsageRecord, field `r`; cut off behind what is in the ledger."""
 USAGE_SENT: Final = PREFIX + "usage:sent"
@@ -49,6 +51,10 @@ def router(router_id: str) -> str:
 ROUTER_PATTERN: Final = PREFIX + "router:*"
 
 
+KV_FIELD: Final = "batch"
+"""Of an entry of a kv stream: msgpack KvBatch."""
+
+
 def kv(replica: str) -> str:
     return f"{PREFIX}kv:{replica}"
 
@@ -64,6 +70,13 @@ def engine(replica: str) -> str:
 def usage_month(month: str) -> str:
     """Hash: tenant -> msgpack MonthToDate, of a month like 2026-11."""
     return f"{PREFIX}usage:month:{month}"
+
+
+def agent(agent_id: str) -> str:
+    return f"{PREFIX}agent:{agent_id}"
+
+
+AGENT_PATTERN: Final = PREFIX + "agent:*"
 
 
 def session(session_hash: str) -> str:

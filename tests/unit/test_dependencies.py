@@ -45,7 +45,7 @@ def imported(package: str) -> set[str]:
     [
         ("schemas", ()),
         ("router", ("router", "otel")),
-        ("agent", ("agent",)),
+        ("agent", ("agent", "agent-kubernetes")),
         ("reconciler", ("reconciler",)),
     ],
 )

@@ -108,6 +108,13 @@ EVENTS = [
         samples=(events.PrefillSample("r", 0.0, 1000.0, 0.25),),
         parts={"pins": b"\x00"},
     ),
+    events.AgentHeartbeat(id="a", at=1.5, cluster="c", replicas=("r",), problems={"r": "gone"}),
+    events.AgentPost(
+        heartbeat=events.AgentHeartbeat(id="a", at=1.5),
+        reports=(events.EngineReport(replica="r", at=1.5),),
+        batches=(("r", events.KvBatch(epoch=1, seq=0, stored=b"\x00" * 8)),),
+    ),
+    events.AgentAnswer(replicas={"r": "http://r"}, refused={"s": "of another cluster"}),
     events.UsageRecord(
         journal="j",
         seq=1,

@@ -1,0 +1,1 @@
+"""What follows from events and metrics. Pure: no sockets, clock or randomness."""

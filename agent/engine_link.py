@@ -1,0 +1,181 @@
+"""Follows one engine: looks at its metrics every so often, and hears its KV events at once.
+
+Not here: which engines there are (finding), or where the words go (outbox).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import aiohttp
+import zmq
+import zmq.asyncio
+
+from agent.core.cache import Cache
+from agent.core.engine import EngineState
+from agent.core.kv_events import Event
+from agent.core.metrics import PageInvalid
+from agent.finding import Address
+from agent.kv_source import KvSource, Publisher
+from agent.outbox import Outbox
+from agent.scrape import Unreachable, publishers, read
+
+_log: Final = logging.getLogger(__name__)
+
+
+class EngineLink:
+    """One engine, until `run` is cancelled."""
+
+    def __init__(
+        self,
+        replica: str,
+        address: Address,
+        outbox: Outbox,
+        *,
+        session: aiohttp.ClientSession,
+        context: zmq.asyncio.Context,
+        poll_interval_s: float,
+        hash_key: bytes | None,
+    ) -> None:
+        self.address = address
+        self.state = EngineState(replica, time.time())
+        self._outbox = outbox
+        self._session = session
+        self._context = context
+        self._poll_interval_s = poll_interval_s
+        self._hash_key = hash_key
+        self._sources: dict[Publisher, asyncio.Task[None]] = {}
+        self._look_now = asyncio.Event()
+        self._gone = False
+        self.problem = ""
+        """What is wrong with it, for people; empty: nothing."""
+
+    async def run(self) -> None:
+        try:
+            while True:
+                # Cleared first: what happens during a look asks for another.
+                self._look_now.clear()
+                await self._look()
+                try:
+                    async with asyncio.timeout(self._poll_interval_s):
+                        await self._look_now.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            await self._leave()
+
+    async def _look(self) -> None:
+        try:
+            reading = await read(self._session, self.address.url)
+        except Unreachable as error:
+            self._say(str(error))
+            if error.refused and not self._gone:
+                # Its process has ended, and its cache with it; whoever comes next starts empty.
+                self._gone = True
+                self._outbox.batch(self.state.replica, self.state.lost())
+                self._outbox.report(self.state.report(time.time()))
+            return
+        except PageInvalid as error:
+            self._say(str(error))
+            return
+        if self._gone or self.problem:
+            self._say("")
+        self._gone = False
+        if self.state.read(reading):
+            _log.info("%s: another process than before", self.state.replica)
+        await self._follow()
+        self._outbox.report(self.state.report(time.time()))
+
+    async def _follow(self) -> None:
+        """Subscribes to whatever it publishes, once it is known."""
+        wanted: Sequence[Publisher] = self.address.publishers
+        if not wanted:
+            try:
+                wanted = await publishers(self._session, self.address.url)
+            except Unreachable:
+                return
+        if self._sources.keys() == set(wanted) and not any(
+            t.done() for t in self._sources.values()
+        ):
+            return
+        await self._leave()
+        for publisher in wanted:
+            cache = Cache(self._hash_key)
+            self.state.add_cache(publisher.endpoint, cache)
+            listener = _Listener(self, cache)
+            source = KvSource(self._context, publisher, listener, said=self._say)
+            self._sources[publisher] = asyncio.create_task(self._source(source))
+
+    async def _source(self, source: KvSource) -> None:
+        try:
+            await source.run()
+        except zmq.ZMQError as error:
+            self._say(f"its KV events cannot be subscribed to: {error.strerror}")
+
+    async def _leave(self) -> None:
+        for task in self._sources.values():
+            task.cancel()
+        await asyncio.gather(*self._sources.values(), return_exceptions=True)
+        self._sources.clear()
+        self.state.remove_caches()
+
+    def _say(self, text: str) -> None:
+        if text != self.problem:
+            self.problem = text
+            if text:
+                _log.warning("%s (%s): %s", self.state.replica, self.address.url, text)
+            else:
+                _log.info("%s answers as it should", self.state.replica)
+
+    # What its publishers tell
+
+    def events(self, cache: Cache, events: list[Event]) -> None:
+        change = cache.apply(events)
+        batch = self.state.changed(change)
+        if batch is not None:
+            self._outbox.batch(self.state.replica, batch)
+        if change.cleared:
+            self._outbox.report(self.state.report(time.time()))
+
+    def lost(self) -> None:
+        _log.warning("%s: KV events were lost; what it holds is forgotten", self.state.replica)
+        self._outbox.batch(self.state.replica, self.state.lost())
+        self._outbox.report(self.state.report(time.time()))
+
+    async def restarted(self) -> None:
+        """Its events begin anew: when since, its metrics say if it has such a metric."""
+        epoch = self.state.epoch
+        with contextlib.suppress(Unreachable, PageInvalid):
+            self.state.read(await read(self._session, self.address.url))
+        if self.state.epoch == epoch:
+            self.state.restarted(time.time())
+        _log.info("%s: another process than before", self.state.replica)
+        self._outbox.report(self.state.report(time.time()))
+
+    def look_now(self) -> None:
+        self._look_now.set()
+
+
+class _Listener:
+    """One publisher of the engine."""
+
+    def __init__(self, link: EngineLink, cache: Cache) -> None:
+        self._link = link
+        self._cache = cache
+
+    def events(self, events: list[Event]) -> None:
+        self._link.events(self._cache, events)
+
+    async def restarted(self) -> None:
+        await self._link.restarted()
+
+    def lost(self) -> None:
+        self._link.lost()
+
+    def disconnected(self) -> None:
+        self._link.look_now()
