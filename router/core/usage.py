@@ -9,7 +9,7 @@ Not here: who pays (usage_stream), or when bytes come and go (relay).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -125,6 +125,23 @@ def _usage(said: _Usage) -> Usage:
     return Usage(total, min(cached, total), output)
 
 
+def as_json(usage: Usage) -> bytes:
+    """As engines write it."""
+    return b'{"prompt_tokens":%d,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}' % (
+        usage.input_tokens, usage.output_tokens, usage.cached_tokens,
+    )  # fmt: skip
+
+
+def running_usage(value: bytes) -> Usage | None:
+    """What the JSON of one `usage` says, whatever follows it; None where it says nothing."""
+    found = _value_at(value)
+    try:
+        said = _decode_usage(found.group() if found else value)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return None if said is None else _usage(said)
+
+
 def _read(data: bytes) -> _Answer | None:
     try:
         return _decode(data)
@@ -187,13 +204,7 @@ class BodyReader:
         # No string of JSON holds this name with its quotes, so the last one is a key.
         at = body.rfind(_NAME)
         value = _value_at(body, at + len(_NAME)) if at >= 0 else None
-        if value is None:
-            return None
-        try:
-            found = _decode_usage(value.group())
-        except (msgspec.DecodeError, UnicodeDecodeError):
-            return None
-        return None if found is None else _usage(found)
+        return None if value is None else running_usage(value.group())
 
 
 class StreamReader:
@@ -204,6 +215,7 @@ class StreamReader:
         drop_final: takes the event out that says the usage and nothing else.
         drop_running: takes the usage out of the other events.
         choices: `n` of the request: engines tell the running usage of each choice by itself.
+        note: hears the JSON of the newest `usage`, each time there is one.
     """
 
     __slots__ = (
@@ -215,6 +227,7 @@ class StreamReader:
         "_held",
         "_last",
         "_mark",
+        "_note",
         "_shown",
     )
 
@@ -225,7 +238,9 @@ class StreamReader:
         drop_final: bool = False,
         drop_running: bool = False,
         choices: int = 1,
+        note: Callable[[bytes], object] = lambda _: None,
     ) -> None:
+        self._note = note
         self._mark = _TEXT_EVENTS.get(task, _NO_MARK)
         self._drop_final = drop_final
         self._drop_running = drop_running
@@ -251,9 +266,10 @@ class StreamReader:
             return self._noted(data)
         # Nearly every call: one event, with its running usage at the end.
         self._last = data
+        value_end = len(data) - 3
+        self._note(data[at + 8 : value_end])
         if not self._drop_running:
             return self._rewritten(data) if self._drop_final else data
-        value_end = len(data) - 3
         if (
             not data.startswith(b"}}", value_end - 1)
             or data.find(b"},", at, value_end) >= 0
@@ -289,6 +305,7 @@ class StreamReader:
             elif _tells(event):
                 self._last = event
                 self._first = self._first or event
+                self._note(event[event.rfind(_NAME) + len(_NAME) :])
             elif not self._last:
                 self._shown += event.count(self._mark)
         if self._drop_final or self._drop_running:
@@ -323,6 +340,7 @@ class StreamReader:
             self._by_choice = {-1: _usage(answer.usage)}
         elif -1 not in self._by_choice:
             self._by_choice[answer.choices[0].index] = _usage(answer.usage)
+        self._note(as_json(self._sum()))
 
     def used(self) -> Usage | None:
         if self._by_choice:
@@ -366,35 +384,40 @@ class Metering(NamedTuple):
     """The value to send in place of the client's; None: the client's own stands."""
     drop_final: bool
     drop_running: bool
+    choices: int = 1
 
 
 UNCHANGED: Final = Metering(None, drop_final=False, drop_running=False)
 
 
-def metering(task: str, engine: str, *, stream: bool, options: bytes | None) -> Metering:
+def metering(
+    task: str, engine: str, *, stream: bool, options: bytes | None, choices: int = 1
+) -> Metering:
     """What to ask of the engine so that a stream tells its usage, and what to take out again.
 
     `options`: the client's `stream_options` as JSON; None where there are none.
     """
     if not stream or task not in _STREAM_OPTIONS:
         return UNCHANGED
+    unchanged = UNCHANGED if choices == 1 else UNCHANGED._replace(choices=choices)
     wanted: Mapping[str, Any] = {}
     if options is not None:
         try:
             wanted = msgspec.json.decode(options) or {}
         except msgspec.DecodeError:
-            return UNCHANGED
+            return unchanged
         if not isinstance(wanted, dict):
-            return UNCHANGED  # the engine will say what is wrong with it
+            return unchanged  # the engine will say what is wrong with it
     final, running = bool(wanted.get("include_usage")), bool(wanted.get("continuous_usage_stats"))
     asks = {"include_usage": True}
     if engine in _RUNNING_USAGE:
         asks["continuous_usage_stats"] = True
     if all(wanted.get(name) is True for name in asks):
-        return UNCHANGED
+        return unchanged
     return Metering(
         msgspec.json.encode({**wanted, **asks}),
         drop_final=not final,
         # Engines give the running usage only to those who ask for the final one too.
         drop_running=not (final and running),
+        choices=choices,
     )

@@ -15,6 +15,7 @@ from router.core.usage import (
     Usage,
     cost_nano_usd,
     metering,
+    running_usage,
 )
 from schemas.wire.routing import Price
 
@@ -114,11 +115,13 @@ def test_the_client_gets_what_it_asked_for_however_it_is_cut(stream, asked, cuts
 def test_a_stream_that_breaks_off_is_counted_to_its_last_event(stream, upto, cuts):
     events = engine(**stream, final=True, running=True)[:-2][:upto]
     choices = stream["choices"]
-    reader = StreamReader(drop_final=True, drop_running=True, choices=choices)
+    noted: list[bytes] = []
+    reader = StreamReader(drop_final=True, drop_running=True, choices=choices, note=noted.append)
     for part in pieces(b"".join(events), cuts):
         reader.feed(part)
     said = len(events) - choices
     assert reader.used() == Usage(stream["prompt"], 0, max(0, said))
+    assert running_usage(noted[-1]) == reader.used()
 
 
 def test_an_event_that_breaks_off_counts_for_nothing():

@@ -1,0 +1,360 @@
+"""What requests use, in a file that outlives the process: written before anything is billed.
+
+One file for each router process, mapped into memory: a write is a copy, not a system call, and what
+is in it survives a SIGKILL (though not a machine that stops). A request takes a slot when it is
+sent, notes in it what its stream has used so far, and leaves its record there until the ledger has
+it. Whoever finds the journal of a process that died finishes it. Not here: sending (usage_stream).
+
+    header: magic, journal's name, greatest number that the ledger has
+    slot:   state, lengths | what is known at the start | usage so far | the finished record
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import secrets
+import struct
+from collections import deque
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+
+from router.core.usage import NOTHING, Usage, cost_nano_usd, running_usage
+from schemas.wire.events import UsageRecord
+from schemas.wire.routing import Price
+
+SUFFIX: Final = ".journal"
+SLOT_BYTES: Final = 1536
+_HEADER_BYTES: Final = 4096
+_MAGIC: Final = b"detoserve-usage-1"
+_NAME_AT: Final = 32
+_NAME_BYTES: Final = 16
+_ACKED_AT: Final = 64
+_FIRST_SLOTS: Final = 1024
+
+_FREE: Final = 0
+_OPEN: Final = 1
+_FINISHED: Final = 2
+
+# A slot: state, the lengths of its three parts, the parts.
+_SLOT_HEAD: Final = struct.Struct("<BxHHH")
+_OPENED_AT: Final = 8
+_RUNNING_AT: Final = 512
+_RECORD_AT: Final = 768
+_RUNNING_LENGTH_AT: Final = 4
+_length_into: Final = struct.Struct("<H").pack_into
+_number: Final = struct.Struct("<Q")
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+class JournalBusy(Exception):
+    """Another process has it open."""
+
+
+class Opened(msgspec.Struct, array_like=True):
+    """What is known of a request when it is sent."""
+
+    id: str
+    tenant: str
+    key: str
+    function: str
+    revision: str
+    started_at: float
+    """Unix seconds."""
+    price: Price
+
+
+_decode_opened: Final = msgspec.msgpack.Decoder(Opened).decode
+_decode_record: Final = msgspec.msgpack.Decoder(UsageRecord).decode
+
+
+class Journal:
+    """An open journal. Make one with `create`, take over a dead process's with `adopt`.
+
+    Args:
+        max_slots: requests in flight and records that the ledger does not have. Beyond it the
+            oldest record that Redis has is forgotten; where there is none, the newest is lost.
+    """
+
+    def __init__(self, file: int, path: Path | None, *, max_slots: int) -> None:
+        self._file = file
+        self._path = path
+        self._max_slots = max_slots
+        self._size = max(os.fstat(file).st_size, _HEADER_BYTES + _FIRST_SLOTS * SLOT_BYTES)
+        # Also where the disk is full: a mapped page without a block would end the process.
+        os.posix_fallocate(file, 0, self._size)
+        self._map = mmap.mmap(file, self._size)
+        self._free: list[int] = []
+        self._unsent: deque[tuple[int, int]] = deque()
+        self._sent: deque[tuple[int, int]] = deque()
+        """Numbers of finished records with their slots, in order."""
+        self.name = ""
+        self.seq = 0
+        """The greatest number given out."""
+        self.acked = 0
+        """The greatest number that the ledger has."""
+        self.lost = 0
+        """Requests for which there was no room."""
+
+    @classmethod
+    def create(cls, folder: Path | None, *, max_slots: int = 200_000) -> Self:
+        """A new journal, in memory alone where there is no folder.
+
+        Raises:
+            OSError: as the disk says.
+        """
+        name = secrets.token_hex(_NAME_BYTES // 2)
+        path = None
+        if folder is None:
+            file = os.memfd_create(f"detoserve-usage-{name}")
+        else:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = folder / f"{name}{SUFFIX}"
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            journal = cls(file, path, max_slots=max_slots)
+        except BaseException:
+            os.close(file)
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise
+        journal.name = name
+        journal._map[_NAME_AT : _NAME_AT + _NAME_BYTES] = name.encode()
+        # Last: a file without it was never used.
+        journal._map[: len(_MAGIC)] = _MAGIC
+        journal._add_slots(0)
+        return journal
+
+    @classmethod
+    def adopt(cls, path: Path, *, ended_at: float) -> Self:
+        """The journal of a process that has died, its open requests finished as they stood.
+
+        Raises:
+            JournalBusy: its process lives, or another has adopted it.
+            OSError: as the disk says.
+        """
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file).st_nlink:
+                raise JournalBusy  # noqa: TRY301 - emptied and removed by another in between
+            journal = cls(file, path, max_slots=0)
+        except BlockingIOError:
+            os.close(file)
+            raise JournalBusy from None
+        except BaseException:
+            os.close(file)
+            raise
+        if journal._map[: len(_MAGIC)] == _MAGIC:
+            journal.name = journal._map[_NAME_AT : _NAME_AT + _NAME_BYTES].decode("ascii")
+            journal._recover(ended_at)
+        return journal
+
+    # One request: open, running, finish or forget.
+
+    def open(self, request: Opened) -> int:
+        """Takes a slot for a request that is about to be sent; -1 where there is no room."""
+        if not self._free and not self._more():
+            self.lost += 1
+            return -1
+        slot = self._free.pop()
+        data = _fitting(request, _RUNNING_AT - _OPENED_AT)
+        at = slot + _OPENED_AT
+        self._map[at : at + len(data)] = data
+        # The state goes in last: a slot that is half written is still free.
+        _SLOT_HEAD.pack_into(self._map, slot, _OPEN, len(data), 0, 0)
+        return slot
+
+    def running(self, slot: int, usage: bytes) -> None:
+        """What the engine says that the stream has used so far: the JSON of its `usage`."""
+        size = len(usage)
+        if size <= _RECORD_AT - _RUNNING_AT:
+            at = slot + _RUNNING_AT
+            self._map[at : at + size] = usage
+            _length_into(self._map, slot + _RUNNING_LENGTH_AT, size)
+
+    def finish(self, slot: int, record: UsageRecord) -> None:
+        """The record of a request that has ended; its journal and number are filled in here."""
+        self.seq += 1
+        data = _fitting(
+            msgspec.structs.replace(record, journal=self.name, seq=self.seq),
+            SLOT_BYTES - _RECORD_AT,
+        )
+        at = slot + _RECORD_AT
+        self._map[at : at + len(data)] = data
+        _SLOT_HEAD.pack_into(self._map, slot, _FINISHED, 0, 0, len(data))
+        self._unsent.append((self.seq, slot))
+
+    def forget(self, slot: int) -> None:
+        """A request that was not sent after all: its slot is free again, and there is no record."""
+        self._map[slot] = _FREE
+        self._free.append(slot)
+
+    # What becomes of the records.
+
+    @property
+    def waiting(self) -> int:
+        """Records that Redis does not have."""
+        return len(self._unsent)
+
+    @property
+    def kept(self) -> int:
+        """Records that the ledger may not have, those of `waiting` among them."""
+        return len(self._unsent) + len(self._sent)
+
+    @property
+    def oldest(self) -> int:
+        """The number of the first record that is kept; of the next one where none is."""
+        kept = self._sent or self._unsent
+        return kept[0][0] if kept else self.seq + 1
+
+    @property
+    def newest(self) -> int:
+        """The greatest number that Redis has been given."""
+        return self._unsent[0][0] - 1 if self._unsent else self.seq
+
+    def unsent(self, limit: int) -> list[tuple[int, bytes]]:
+        """Records that Redis does not have, in order: (number, bytes)."""
+        return [(seq, self._record(slot)) for seq, slot in islice(self._unsent, limit)]
+
+    def sent(self, seq: int) -> None:
+        """Redis has everything up to this number."""
+        while self._unsent and self._unsent[0][0] <= seq:
+            self._sent.append(self._unsent.popleft())
+
+    def send_again(self) -> None:
+        """Redis has lost what was sent."""
+        self._unsent.extendleft(reversed(self._sent))
+        self._sent.clear()
+
+    def acknowledge(self, seq: int) -> None:
+        """The ledger has everything up to this number: it need not be kept any more."""
+        if seq <= self.acked:
+            return
+        self.acked = seq
+        _number.pack_into(self._map, _ACKED_AT, seq)
+        for records in (self._sent, self._unsent):
+            while records and records[0][0] <= seq:
+                self.forget(records.popleft()[1])
+
+    def close(self, *, remove: bool = False) -> None:
+        """Lets go of it. `remove`: there is nothing in it that anybody needs."""
+        if remove and self._path is not None:
+            with suppress(OSError):
+                self._path.unlink(missing_ok=True)
+        self._map.close()
+        os.close(self._file)
+
+    # Inside.
+
+    def _record(self, slot: int) -> bytes:
+        size = _SLOT_HEAD.unpack_from(self._map, slot)[3]
+        at = slot + _RECORD_AT
+        return self._map[at : at + size]
+
+    def _add_slots(self, first: int) -> None:
+        count = (self._size - _HEADER_BYTES) // SLOT_BYTES
+        self._free += [_HEADER_BYTES + SLOT_BYTES * i for i in reversed(range(first, count))]
+
+    def _more(self) -> bool:
+        """Room for more slots: a larger file, or the oldest record that Redis has."""
+        count = (self._size - _HEADER_BYTES) // SLOT_BYTES
+        more = min(count * 2, self._max_slots)
+        if more > count:
+            size = _HEADER_BYTES + more * SLOT_BYTES
+            try:
+                os.posix_fallocate(self._file, 0, size)
+                self._map.resize(size)
+            except OSError:
+                self._max_slots = count  # a full disk is not asked again
+            else:
+                self._size = size
+                self._add_slots(count)
+                return True
+        if not self._sent:
+            return False
+        self.forget(self._sent.popleft()[1])
+        return True
+
+    def _recover(self, ended_at: float) -> None:
+        (self.acked,) = _number.unpack_from(self._map, _ACKED_AT)
+        running = []
+        finished: dict[int, int] = {}
+        for slot in range(_HEADER_BYTES, self._size - SLOT_BYTES + 1, SLOT_BYTES):
+            state = self._map[slot]
+            if state == _OPEN:
+                running.append(slot)
+            elif state == _FINISHED:
+                with suppress(msgspec.DecodeError):
+                    finished[_decode_record(self._record(slot)).seq] = slot
+        self.seq = max([self.acked, *finished])
+        self._unsent.extend(sorted((s, slot) for s, slot in finished.items() if s > self.acked))
+        for slot in running:
+            record = self._as_it_stood(slot, ended_at)
+            if record is None:
+                self.forget(slot)
+            else:
+                self.finish(slot, record)
+
+    def _as_it_stood(self, slot: int, ended_at: float) -> UsageRecord | None:
+        _, opened_size, running_size, _ = _SLOT_HEAD.unpack_from(self._map, slot)
+        at = slot + _RUNNING_AT
+        used = running_usage(self._map[at : at + running_size])
+        at = slot + _OPENED_AT
+        try:
+            opened = _decode_opened(self._map[at : at + opened_size])
+        except msgspec.DecodeError:
+            return None
+        return record_of(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
+
+
+def _fitting(value: Opened | UsageRecord, size: int) -> bytes:
+    """Encoded; a client's long id gives way where it has to."""
+    data = _encode(value)
+    if len(data) > size:
+        data = _encode(msgspec.structs.replace(value, id=value.id[:48]))
+    return data
+
+
+def record_of(
+    opened: Opened,
+    used: Usage,
+    *,
+    ended_at: float,
+    outcome: str,
+    replica: str = "",
+    ttft_s: float | None = None,
+) -> UsageRecord:
+    """The record of a request, without its number."""
+    return UsageRecord(
+        journal="",
+        seq=0,
+        id=opened.id,
+        tenant=opened.tenant,
+        key=opened.key,
+        function=opened.function,
+        revision=opened.revision,
+        replica=replica,
+        input_tokens=used.input_tokens,
+        cached_tokens=used.cached_tokens,
+        output_tokens=used.output_tokens,
+        cost_nano_usd=cost_nano_usd(opened.price, used),
+        estimated=used.estimated,
+        started_at=opened.started_at,
+        ttft_s=ttft_s,
+        duration_s=max(0.0, ended_at - opened.started_at),
+        outcome=outcome,
+    )
+
+
+def journals_in(folder: Path) -> list[Path]:
+    """Journals in a folder, whosever they are."""
+    with suppress(OSError):
+        return sorted(folder.glob(f"*{SUFFIX}"))
+    return []

@@ -1,0 +1,199 @@
+"""What is written in a journal is there after a SIGKILL, once, and until the ledger has it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from router.core.usage import Usage
+from router.usage_journal import SLOT_BYTES, Journal, JournalBusy, Opened, record_of
+from schemas.wire.events import UsageRecord
+from schemas.wire.routing import Price
+
+OPENED = Opened(
+    id="req_1",
+    tenant="team",
+    key="k",
+    function="chat",
+    revision="0" * 40,
+    started_at=100.0,
+    price=Price(input=1.0, output=2.0),
+)
+USAGE = b'{"prompt_tokens":7,"completion_tokens":%d}'
+
+
+def record(output_tokens: int = 3) -> UsageRecord:
+    return record_of(OPENED, Usage(7, 0, output_tokens), ended_at=101.5, outcome="ok")
+
+
+def records(journal: Journal) -> list[UsageRecord]:
+    return [msgspec.msgpack.decode(data, type=UsageRecord) for _, data in journal.unsent(10_000)]
+
+
+def test_a_record_says_who_used_what_and_what_it_cost():
+    journal = Journal.create(None)
+    journal.finish(journal.open(OPENED), record())
+    (got,) = records(journal)
+    assert got == msgspec.structs.replace(record(), journal=journal.name, seq=1)
+    assert (got.cost_nano_usd, got.duration_s) == (7 * 1000 + 3 * 2000, 1.5)
+    journal.close()
+
+
+def test_what_a_killed_process_leaves_is_finished_by_another(tmp_path):
+    program = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = {[str(Path.cwd())]!r}
+from tests.unit.router.test_usage_journal import OPENED, USAGE, record
+from router.usage_journal import Journal
+journal = Journal.create(Path({str(tmp_path)!r}))
+journal.finish(journal.open(OPENED), record(5))
+journal.open(OPENED)  # nothing of an answer came
+slot = journal.open(OPENED)
+for count in (1, 2, 12345, 40):
+    journal.running(slot, USAGE % count)
+print(journal.name, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (path,) = tmp_path.iterdir()
+    journal = Journal.adopt(path, ended_at=110.0)
+    assert journal.name == done.stdout.strip()
+    first, nothing, second = records(journal)
+    assert (first.seq, first.output_tokens, first.outcome) == (1, 5, "ok")
+    assert (nothing.seq, nothing.input_tokens, nothing.outcome) == (2, 0, "router_lost")
+    assert (second.seq, second.output_tokens, second.outcome) == (3, 40, "router_lost")
+    assert (second.input_tokens, second.duration_s) == (7, 10.0)
+
+    # Whoever adopts it may die too.
+    journal.close()
+    again = Journal.adopt(path, ended_at=120.0)
+    assert records(again) == [first, nothing, second]
+    again.acknowledge(3)
+    assert again.kept == 0
+    again.close(remove=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_journal_belongs_to_one_process(tmp_path):
+    journal = Journal.create(tmp_path)
+    (path,) = tmp_path.iterdir()
+    with pytest.raises(JournalBusy):
+        Journal.adopt(path, ended_at=0.0)
+    journal.close()
+    Journal.adopt(path, ended_at=0.0).close()
+
+
+def test_a_file_that_was_never_begun_holds_nothing(tmp_path):
+    (tmp_path / "x.journal").write_bytes(b"")
+    journal = Journal.adopt(tmp_path / "x.journal", ended_at=0.0)
+    assert (journal.name, journal.kept) == ("", 0)
+    journal.close(remove=True)
+
+
+def test_only_what_redis_has_gives_way_where_room_runs_out(tmp_path):
+    journal = Journal.create(tmp_path, max_slots=1024)
+    slots = [journal.open(OPENED) for _ in range(1024)]
+    assert journal.open(OPENED) == -1
+    journal.finish(slots[0], record())
+    assert journal.open(OPENED) == -1
+    assert journal.lost == 2
+    journal.sent(1)
+    assert journal.open(OPENED) == slots[0]
+    assert journal.kept == 0
+    journal.close()
+
+
+def test_it_grows_with_what_it_holds(tmp_path):
+    journal = Journal.create(tmp_path)
+    for count in range(3000):
+        journal.finish(journal.open(OPENED), record(count))
+    assert [each.output_tokens for each in records(journal)] == list(range(3000))
+    (path,) = tmp_path.iterdir()
+    journal.close()
+    assert path.stat().st_size < 5000 * SLOT_BYTES
+    assert len(records(Journal.adopt(path, ended_at=0.0))) == 3000
+
+
+def test_names_that_are_too_long_cost_the_id_alone():
+    journal = Journal.create(None)
+    long = msgspec.structs.replace(
+        OPENED, id="i" * 128, tenant="t" * 63, key="k" * 64, function="f" * 63, revision="r" * 200
+    )
+    slot = journal.open(long)
+    used = Usage(7, 0, 3)
+    finished = record_of(long, used, ended_at=1.0, outcome="ok", replica="x" * 300)
+    journal.finish(slot, finished)
+    (got,) = records(journal)
+    assert got == msgspec.structs.replace(finished, journal=journal.name, seq=1, id=got.id)
+    journal.close()
+
+
+class Model(RuleBasedStateMachine):
+    """Against lists: whatever happens, what is not acknowledged can be sent, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.journal = Journal.create(None)
+        self.open: dict[int, None] = {}
+        self.finished: list[int] = []
+        self.in_redis = 0
+        self.acked = 0
+
+    @rule()
+    def begin(self):
+        slot = self.journal.open(OPENED)
+        assert slot not in self.open
+        self.open[slot] = None
+
+    @precondition(lambda self: self.open)
+    @rule(tokens=st.integers(1, 9))
+    def finish(self, tokens):
+        slot, _ = self.open.popitem()
+        self.journal.running(slot, USAGE % tokens)
+        self.journal.finish(slot, record(tokens))
+        self.finished.append(tokens)
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def forget(self):
+        self.journal.forget(self.open.popitem()[0])
+
+    @rule(upto=st.integers(0, 20))
+    def send(self, upto):
+        self.in_redis = max(self.in_redis, min(upto, len(self.finished)))
+        self.journal.sent(self.in_redis)
+
+    @rule()
+    def redis_is_lost(self):
+        self.in_redis = self.acked
+        self.journal.send_again()
+
+    @rule(upto=st.integers(0, 20))
+    def acknowledge(self, upto):
+        self.acked = max(self.acked, min(upto, self.in_redis))
+        self.journal.acknowledge(self.acked)
+
+    @invariant()
+    def the_rest_can_be_sent(self):
+        got = [(each.seq, each.output_tokens) for each in records(self.journal)]
+        assert got == list(enumerate(self.finished, start=1))[max(self.in_redis, self.acked) :]
+        assert self.journal.kept == len(self.finished) - self.acked
+
+    def teardown(self):
+        self.journal.close()
+
+
+TestJournal = Model.TestCase
+TestJournal.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
