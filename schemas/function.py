@@ -234,7 +234,7 @@ class Scaling(StrictModel):
     downscale_delay: Duration = 1200.0
     """How long the metric must be below its target before a replica is removed."""
     standby_replicas: Annotated[int, Field(ge=0, le=512)] = 0
-    """More than the metric asks for, up to maxReplicas: ready before they are needed. None while asleep."""
+    """More than qps, concurrency or kvUsage ask for, up to maxReplicas: ready before they are needed."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -108,3 +108,7 @@ def budget_ledger(month: str) -> str:
     that lost everything knows again what was spent.
     """
     return f"{PREFIX}budget:{month}:ledger"
+
+
+SIGNALS_CHANNEL: Final = PREFIX + "signals"
+"""Channel: msgpack RouterSignals."""

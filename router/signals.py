@@ -1,0 +1,171 @@
+"""What this router tells the reconciler of load and health, by deployment and template.
+
+Counted as requests go; told every second, and at once when a function's first request has to wait, for
+that may be one that wakes it. Redis away costs nothing but the word. Not here: what follows (reconciler).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from router.core.snapshot import Snapshot
+from router.state import RouterState
+from schemas.wire import redis_keys
+from schemas.wire.routing import RoutingTable
+from schemas.wire.signals import ArmSignals, FunctionSignals, RouterSignals, ttft_bucket
+
+_log: Final = logging.getLogger(__name__)
+
+FULL_EVERY: Final = 10
+"""Messages; between them, only what changed is told."""
+
+
+class _Arm:
+    """The counters of one deployment's template."""
+
+    __slots__ = ("attempts", "cached_tokens", "failed", "input_tokens", "key", "ttft")
+
+    def __init__(self, key: tuple[str, str, str, str]) -> None:
+        self.key = key
+        self.attempts = self.failed = self.input_tokens = self.cached_tokens = 0
+        self.ttft: dict[int, int] = {}
+
+
+class Signals:
+    """Owned by one event loop. `ended` and `arrived` are called for every request: they are cheap.
+
+    `waiting` says how many requests each function holds, where any are held.
+    """
+
+    def __init__(
+        self,
+        state: RouterState,
+        router_id: str,
+        *,
+        waiting: Callable[[], Mapping[str, int]] = dict,
+    ) -> None:
+        self._state = state
+        # A process that starts again counts from nothing: it is another router to whoever adds up.
+        self._router = f"{router_id}/{os.urandom(6).hex()}"
+        self._waiting = waiting
+        self._seq = 0
+        self._arms: dict[tuple[str, str, str, str], _Arm] = {}
+        self._of_replica: dict[str, _Arm] = {}
+        self._arrived: dict[str, int] = {}
+        self._told_arms: dict[tuple[str, str, str, str], ArmSignals] = {}
+        self._told_functions: dict[str, FunctionSignals] = {}
+        self._urgent = asyncio.Event()
+        state.on_install.append(self._installed)
+
+    def arrived(self, function: str) -> None:
+        """A request that may use a function has come."""
+        self._arrived[function] = self._arrived.get(function, 0) + 1
+
+    def ended(
+        self,
+        replica: str,
+        *,
+        failed: bool,
+        ttft_s: float | None = None,
+        input_tokens: int = 0,
+        cached_tokens: int = 0,
+    ) -> None:
+        """An attempt at a replica is over. `ttft_s`: None where no answer began."""
+        arm = self._of_replica.get(replica)
+        if arm is None:
+            return
+        arm.attempts += 1
+        arm.failed += failed
+        arm.input_tokens += input_tokens
+        arm.cached_tokens += cached_tokens
+        if ttft_s is not None:
+            bucket = ttft_bucket(ttft_s)
+            arm.ttft[bucket] = arm.ttft.get(bucket, 0) + 1
+
+    def wakes(self) -> None:
+        """A request has begun to wait: told at once, not with the next second."""
+        self._urgent.set()
+
+    def message(self, *, full: bool) -> RouterSignals:
+        """What to tell now."""
+        self._seq += 1
+        flying: dict[tuple[str, str, str, str], int] = {}
+        for replica, count in self._state.in_flight.by_replica.items():
+            arm = self._of_replica.get(replica)
+            if arm is not None:
+                flying[arm.key] = flying.get(arm.key, 0) + count
+        arms = {
+            key: ArmSignals(
+                *key,
+                arm.attempts,
+                arm.failed,
+                dict(arm.ttft),
+                arm.input_tokens,
+                arm.cached_tokens,
+                flying.get(key, 0),
+            )
+            for key, arm in self._arms.items()
+        }
+        waiting = self._waiting()
+        functions = {
+            name: FunctionSignals(name, self._arrived.get(name, 0), waiting.get(name, 0))
+            for name in self._arrived.keys() | waiting.keys()
+        }
+        told_arms, told_functions = self._told_arms, self._told_functions
+        self._told_arms, self._told_functions = arms, functions
+        return RouterSignals(
+            router=self._router,
+            seq=self._seq,
+            arms=tuple(a for key, a in arms.items() if full or a != told_arms.get(key)),
+            functions=tuple(
+                f for name, f in functions.items() if full or f != told_functions.get(name)
+            ),
+            full=full,
+        )
+
+    async def run(self, redis: Redis, *, interval_s: float = 1.0) -> None:
+        """Tells until cancelled."""
+        failing, full = False, True
+        while True:
+            self._urgent.clear()
+            data = msgspec.msgpack.encode(self.message(full=full))
+            full = self._seq % FULL_EVERY == 0
+            try:
+                await redis.publish(redis_keys.SIGNALS_CHANNEL, data)
+                failing = False
+            except (RedisError, OSError, TimeoutError) as error:
+                full = True
+                if not failing:
+                    _log.warning("no signals: Redis: %s", type(error).__name__)
+                failing = True
+            try:
+                async with asyncio.timeout(interval_s):
+                    await self._urgent.wait()
+            except TimeoutError:
+                pass
+
+    def _installed(self, snapshot: Snapshot) -> None:
+        self._take(snapshot.table)
+
+    def _take(self, table: RoutingTable) -> None:
+        """Replicas that left keep their arm until what they carry has ended."""
+        flying = self._state.in_flight.by_replica
+        of_replica = {r: arm for r, arm in self._of_replica.items() if r in flying}
+        arms = {arm.key: arm for arm in of_replica.values()}
+        for function in table.functions:
+            for arm in function.arms:
+                for replica in arm.replicas:
+                    key = (function.name, arm.deployment, arm.cluster, replica.spec_digest)
+                    known = arms.get(key) or self._arms.get(key) or _Arm(key)
+                    arms[key] = of_replica[replica.id] = known
+        self._of_replica, self._arms = of_replica, arms
+        names = {function.name for function in table.functions}
+        self._arrived = {name: n for name, n in self._arrived.items() if name in names}

@@ -1,0 +1,123 @@
+"""What a router counts reaches the reconciler through a real Valkey, and a waiting request at once."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from reconciler.core.signals import Signals as Heard
+from reconciler.publish.redis_edge import connect
+from reconciler.publish.signals import SignalsWatch
+from reconciler.publish.valkey import EmbeddedValkey
+from router.signals import Signals
+from router.state import RouterState
+from schemas.wire import redis_keys
+from schemas.wire.routing import Arm, Function, Replica, RoutingTable
+from tests.support import eventually
+
+
+def table(generation: int, *replicas: str) -> RoutingTable:
+    found = tuple(Replica(id=r, url="http://127.0.0.1:9", spec_digest="d1") for r in replicas)
+    arm = Arm(deployment="chat", cluster="here", replicas=found)
+    function = Function(name="f", served_name="f", arms=(arm,))
+    return RoutingTable(
+        generation=generation, revision="r", published_at=1.0, functions=(function,)
+    )
+
+
+@asynccontextmanager
+async def valkey(folder: Path) -> AsyncIterator[Redis]:
+    async with EmbeddedValkey(folder / "valkey") as server:
+        redis = connect(server.url)
+        try:
+            yield redis
+        finally:
+            await redis.aclose()
+
+
+@asynccontextmanager
+async def running(*works) -> AsyncIterator[None]:
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp_path):
+    state = RouterState(upstream_keepalive_s=1)
+    held: dict[str, int] = {}
+    counted = Signals(state, "r1", waiting=lambda: held)
+    state.install(table(1, "r-1", "r-2"), 2e9)
+    for failed in (False, False, True):
+        counted.arrived("f")
+        counted.ended("r-1", failed=failed, ttft_s=0.2, input_tokens=100, cached_tokens=25)
+    counted.ended("unknown", failed=True)
+    heard = Heard()
+    urgent: list[bool] = []
+    async with valkey(tmp_path) as redis:
+        watch = SignalsWatch(redis, heard, urgent.append, time.monotonic)
+        with state.in_flight.slot("r-2"):
+            async with running(watch.run(), counted.run(redis, interval_s=0.05)):
+                total = await eventually(
+                    lambda: (t := heard.totals("chat", "here", "d1")).attempts == 3 and t
+                )
+                assert (total.failed, total.hit_ratio) == (1, 0.25)
+                load = heard.load("f", ["chat"], "here", time.monotonic(), over_s=5)
+                assert load is not None
+                assert load.in_flight == 1
+        assert not any(urgent)
+        async with running(watch.run(), counted.run(redis, interval_s=60)):
+            await eventually(lambda: redis.pubsub_numsub(redis_keys.SIGNALS_CHANNEL))
+            held["f"] = 2
+
+            async def told() -> bool:
+                counted.wakes()
+                return any(urgent)
+
+            await eventually(told)
+            assert heard.waiting("f", time.monotonic()) == 2
+
+
+async def test_a_message_of_another_form_is_left_alone(tmp_path):
+    heard, urgent = Heard(), []
+    async with valkey(tmp_path) as redis:
+        watch = SignalsWatch(redis, heard, urgent.append, time.monotonic)
+        state = RouterState(upstream_keepalive_s=1)
+        async with running(watch.run()):
+            await eventually(lambda: redis.publish(redis_keys.SIGNALS_CHANNEL, b"\xc1 nonsense"))
+            async with running(Signals(state, "r1").run(redis, interval_s=0.02)):
+                await eventually(lambda: heard.heard(time.monotonic()))
+
+
+def test_a_replica_that_leaves_is_counted_until_what_it_carries_has_ended():
+    state = RouterState(upstream_keepalive_s=1)
+    counted = Signals(state, "r1")
+    state.install(table(1, "r-1"), 2e9)
+    with state.in_flight.slot("r-1"):
+        state.install(table(2), 2e9)
+        counted.ended("r-1", failed=False, ttft_s=0.1)
+        (arm,) = counted.message(full=True).arms
+        assert (arm.attempts, arm.in_flight) == (1, 1)
+    state.install(table(3), 2e9)
+    assert counted.message(full=True).arms == ()
+
+
+def test_between_full_messages_only_changes_are_told():
+    state = RouterState(upstream_keepalive_s=1)
+    counted = Signals(state, "r1")
+    state.install(table(1, "r-1"), 2e9)
+    assert len(counted.message(full=False).arms) == 1
+    assert counted.message(full=False).arms == ()
+    assert len(counted.message(full=True).arms) == 1
+    counted.ended("r-1", failed=True)
+    (arm,) = counted.message(full=False).arms
+    assert (arm.attempts, arm.failed, arm.ttft) == (1, 1, {})
