@@ -29,7 +29,23 @@ test *args:
 
 # The whole program with real processes; slower
 test-e2e *args:
-    pytest tests/e2e -m e2e "$@"
+    pytest tests/e2e -m "e2e and not vllm and not skypilot" "$@"
+
+# Two real vLLM engines with a real small model; 3 GB, kept in $DETOSERVE_TEST_CACHE
+test-vllm *args:
+    pytest tests/e2e/real -m vllm -s "$@"
+
+# A Slurm cluster and SkyPilot's API server on this machine, as root (tests/e2e/lab/README.md)
+lab-up:
+    python -m tests.e2e.lab up
+
+# Ends the lab, and all that runs in it
+lab-down:
+    python -m tests.e2e.lab down
+
+# From commits to services on real SkyPilot; in the lab that is up, else in one of its own
+test-skypilot *args:
+    pytest tests/e2e/lab -m skypilot -s "$@"
 
 # Suites written by others, against our router; downloaded once (pip, npm) to $DETOSERVE_TEST_CACHE
 test-suites *args:

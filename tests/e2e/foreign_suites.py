@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "detoserve-tests"
 
 
+def shared_folder() -> Path:
+    """The same where every user of the machine may read it, else a folder of /var/tmp.
+
+    For what other users run: a home directory is often closed to them. Not below /tmp, in place of
+    which the lab has its own.
+    """
+    folder = cache_folder().resolve()
+    above = [place for place in (folder, *folder.parents) if place.exists()]
+    if Path("/tmp") not in above and all(place.stat().st_mode & stat.S_IXOTH for place in above):
+        return folder
+    return Path("/var/tmp/detoserve-tests")
+
+
 def unavailable(why: str) -> NoReturn:
     """A machine without npm or a registry skips, and says so; CI must have both."""
     if os.environ.get("CI") == "true":
@@ -46,7 +60,7 @@ def unavailable(why: str) -> NoReturn:
     pytest.skip(f"NOT RUN: {why}")
 
 
-def _run(*command: str | Path, cwd: Path) -> None:
+def run(*command: str | Path, cwd: Path) -> None:
     try:
         done = subprocess.run(
             command, cwd=cwd, capture_output=True, text=True, timeout=600, check=False
@@ -58,9 +72,9 @@ def _run(*command: str | Path, cwd: Path) -> None:
 
 
 @contextmanager
-def _filling(name: str) -> Iterator[tuple[Path, bool]]:
+def filling(name: str, root: Path | None = None) -> Iterator[tuple[Path, bool]]:
     """The folder of one thing, and whether it has to be filled. Half-filled ones start anew."""
-    root = cache_folder()
+    root = root or cache_folder()
     root.mkdir(parents=True, exist_ok=True)
     folder = root / name
     with (root / f"{name}.lock").open("w") as lock:
@@ -76,20 +90,20 @@ def _filling(name: str) -> Iterator[tuple[Path, bool]]:
 
 def environment(name: str, *requirements: str) -> Path:
     """The Python of a virtual environment that holds these, and nothing of ours."""
-    with _filling(f"{name}-py{sys.version_info[0]}{sys.version_info[1]}") as (folder, empty):
+    with filling(f"{name}-py{sys.version_info[0]}{sys.version_info[1]}") as (folder, empty):
         python = folder / "bin" / "python"
         if empty:
-            _run(sys.executable, "-m", "venv", folder, cwd=folder)
-            _run(python, "-m", "pip", "install", "-q", *requirements, cwd=folder)
+            run(sys.executable, "-m", "venv", folder, cwd=folder)
+            run(python, "-m", "pip", "install", "-q", *requirements, cwd=folder)
     return python
 
 
 def openai_tests(python: Path) -> Path:
     """The source distribution of the openai client, unpacked: the wheel has no tests."""
     name = f"openai-{OPENAI_VERSION}"
-    with _filling(name) as (folder, empty):
+    with filling(name) as (folder, empty):
         if empty:
-            _run(
+            run(
                 *(python, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"),
                 *("--dest", folder, f"openai=={OPENAI_VERSION}"),
                 cwd=folder,
@@ -106,10 +120,10 @@ def openai_openapi(python: Path) -> Path:
         if not Path(chosen).is_file():
             pytest.fail(f"{OPENAPI_VARIABLE}={chosen} is no file")
         return Path(chosen)
-    with _filling(_SPECS.replace("==", "-")) as (folder, empty):
+    with filling(_SPECS.replace("==", "-")) as (folder, empty):
         path = folder / "openapi.yml"
         if empty:
-            _run(
+            run(
                 *(python, "-m", "pip", "download", "-q", "--no-deps", "--dest", folder, _SPECS),
                 cwd=folder,
             )
@@ -130,9 +144,9 @@ def steady() -> Path:
     npm = shutil.which("npm")
     if npm is None:
         unavailable(f"npm is needed for {_STEADY}")
-    with _filling("steady-0.22.2") as (folder, empty):
+    with filling("steady-0.22.2") as (folder, empty):
         if empty:
-            _run(
+            run(
                 *(npm, "install", "--prefix", folder, "--no-audit", "--no-fund"),
                 *("--ignore-scripts", _STEADY),
                 cwd=folder,
