@@ -138,7 +138,7 @@ def compile_workloads(
             rollout=spec.rollout,
             tenants=tuple(sorted(spec.tenants)),
             weight=spec.weight,
-            shadow_percent=spec.shadow.percent if spec.shadow else 0.0,
+            shadow_percent=spec.shadow.percent if spec.shadow else None,
             scaling=None if spec.suspend else _scaling(function.spec, deployment, cluster),
             placement=Placed(
                 why=choice.reason,

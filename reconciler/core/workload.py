@@ -62,7 +62,7 @@ class Workload:
     tenants: tuple[str, ...] = ()
     """Empty: shared."""
     weight: int = 100
-    shadow_percent: float = 0.0
+    shadow_percent: float | None = None
     scaling: Scaling | None = None
     """What moves `replicas` by load; None where Git alone says how many."""
     placement: Placed = field(default_factory=Placed)
