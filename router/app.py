@@ -24,7 +24,11 @@ from redis.backoff import NoBackoff
 from router.access_log import AccessLog
 from router.admin import Admin
 from router.brain import Brain
+from router.channels import Channel
+from router.channels.redis_channel import RedisChannel
+from router.channels.socket_channel import SocketChannel
 from router.downstream.connection import ClientServer
+from router.fleet_secret import derived, fleet_secret
 from router.heartbeat import Heartbeat
 from router.metrics import Metrics
 from router.probes import Probes
@@ -32,6 +36,7 @@ from router.proxy import Proxy
 from router.records import RequestRecord
 from router.server import Api
 from router.settings import Settings, SettingsInvalid
+from router.sharing_metrics import SharingMetrics
 from router.state import RouterState
 from router.static_table import StaticTable
 from router.table import RedisTable
@@ -76,6 +81,7 @@ class Router:
         self._access_log: AccessLog | None = None
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._channels: list[Channel] = []
         self._clients: ClientServer | None = None
 
     async def __aenter__(self) -> Self:
@@ -115,9 +121,11 @@ class Router:
                 self._access_log = self._stack.enter_context(AccessLog(settings.access_log))
             except OSError as error:
                 raise SettingsInvalid(f"access_log: {error}") from None
-        self.brain = Brain(settings.index_blocks)
+        secret = derived(fleet_secret(settings, _public_key_text(settings)), "prompt blocks")
+        self.brain = Brain(settings.index_blocks, secret)
         self.state.on_install.append(self.brain.installed)
         self._follow_table()
+        self._share()
         tracing = start_tracing(settings, os.environ, version=_version())
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
@@ -178,6 +186,7 @@ class Router:
         except ValueError as error:
             raise SettingsInvalid(f"redis_url: {error}") from None
         self._stack.push_async_callback(redis.aclose)
+        self._channels.append(RedisChannel(redis))
         table = RedisTable(
             self.state,
             redis,
@@ -197,6 +206,20 @@ class Router:
             _log.info("started from the table kept on disk")
         self._tasks.append(loop.create_task(table.run()))
         self._tasks.append(loop.create_task(self._heartbeat.run()))
+
+    def _share(self) -> None:
+        """Tells other routers of load and caches, and hears theirs, by every way there is to them."""
+        if self.settings.peers_dir is not None:
+            try:
+                channel = SocketChannel(self.settings.peers_dir)
+            except OSError as error:
+                raise SettingsInvalid(f"peers_dir: {error}") from None
+            self._stack.callback(channel.close)
+            self._channels.append(channel)
+        if self._channels:
+            sharing = self.brain.share(self.settings.router_id)
+            self.metrics.registry.register(SharingMetrics(sharing))
+            self._tasks.append(asyncio.get_running_loop().create_task(sharing.run(self._channels)))
 
     async def _sweep(self) -> None:
         while True:

@@ -2,7 +2,7 @@
 
 Holds the prefix index, the loads and the speeds that the pure core works on, gives every replica a
 slot in them, and tells them what becomes of each request. Not here: the rule itself (core.score), or
-which replicas may be candidates (core.pick, core.health).
+which replicas may be candidates (core.pick, core.health), or how other routers hear of it (sharing).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from router.core.pick import SCORED, Chance
 from router.core.route import Candidates, Choice, States, choose, dispatched
 from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
+from router.sharing import Sharing
 from schemas.wire.routing import Function
 
 _REFRESH_S: Final = 1.0
@@ -43,33 +44,44 @@ class Sent:
 
     def begin(self) -> None:
         now = self._brain.now()
-        self._ticket = dispatched(
-            self._choice, self._prompt, self._brain.states, self._speeds, now=now
-        )
+        choice, blocks = self._choice, self._prompt.blocks
+        self._ticket = dispatched(choice, self._prompt, self._brain.states, self._speeds, now=now)
+        sharing = self._brain.sharing
+        if sharing is not None:
+            # What the replica is known to hold is no news to the others.
+            sharing.dispatched(choice.slot, blocks if choice.hit_blocks < len(blocks) else ())
 
     def first_token(self, *, streamed: bool) -> None:
         """Some of the answer's body is there. Only in a stream does that time the prefill alone."""
         assert self._ticket is not None
         at_front_s = self._brain.states.load.first_token(self._ticket, self._brain.now())
+        choice, tokens, sharing = self._choice, self._prompt.tokens, self._brain.sharing
+        if sharing is not None:
+            sharing.changed(choice.slot)
         if at_front_s is not None and streamed:
-            choice = self._choice
-            away_s = self._speeds.rtt_s.get(choice.slot, 0.0)
-            self._speeds.learn(
-                choice.slot, choice.hit_tokens, self._prompt.tokens, at_front_s - away_s
-            )
+            prefill_s = at_front_s - self._speeds.rtt_s.get(choice.slot, 0.0)
+            self._speeds.learn(choice.slot, choice.hit_tokens, tokens, prefill_s)
+            if sharing is not None:
+                sharing.sampled(choice.slot, choice.hit_tokens, tokens, prefill_s)
 
     def finish(self) -> None:
         if self._ticket is not None:
             self._brain.states.load.finish(self._ticket, self._brain.now())
+            if self._brain.sharing is not None:
+                self._brain.sharing.changed(self._choice.slot)
 
 
 class Brain:
     """Owned by one event loop, like the state it follows."""
 
-    def __init__(self, index_blocks: int) -> None:
+    def __init__(self, index_blocks: int, key: bytes = b"") -> None:
+        """`key`: of the hashes that blocks are known by; routers that share have the same."""
         self.states = States(PrefixIndex(index_blocks))
         self.now = perf_counter
+        self.sharing: Sharing | None = None
+        self._key = key
         self._slots: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self._functions: dict[str, str] = {}
         self._free: list[int] = []
         self._speeds: dict[str, Speeds] = {}
@@ -82,6 +94,7 @@ class Brain:
         self._groups.clear()
         for replica in [r for r in self._slots if r not in snapshot.replicas]:
             slot = self._slots.pop(replica)
+            del self._names[slot]
             self.states.index.remove(slot)
             self._speeds[self._functions.pop(replica)].remove(slot)
             self._free.append(slot)
@@ -89,6 +102,7 @@ class Brain:
             if replica not in self._slots:
                 slot = self._free.pop() if self._free else len(self._slots)
                 self._slots[replica] = slot
+                self._names[slot] = replica
                 self._functions[replica] = candidate.function
                 self.states.index.add(slot)
                 self.states.load.add(slot)
@@ -107,7 +121,9 @@ class Brain:
         try:
             request = _decode(body)
             salt = request.get("cache_salt")
-            seed = chain_seed(function.served_name, salt if isinstance(salt, str) else "")
+            seed = chain_seed(
+                function.served_name, salt if isinstance(salt, str) else "", key=self._key
+            )
             return read_prompt(request, seed)
         except RecursionError:
             # Too deep to render is not too deep for the engine to judge.
@@ -131,6 +147,21 @@ class Brain:
             group = self._groups[key] = Candidates([self._slots[name] for name in key], key)
         choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
         return pool[choice.position], Sent(self, speeds, choice, prompt)
+
+    def share(self, router_id: str) -> Sharing:
+        """What is done from now on is told to other routers, and theirs is counted: `run` it."""
+        self.sharing = Sharing(
+            router_id,
+            self.states,
+            names=self._names,
+            slots=self._slots,
+            learn=self._learn,
+            now=self.now,
+        )
+        return self.sharing
+
+    def _learn(self, slot: int, cached: float, tokens: float, prefill_s: float) -> None:
+        self._speeds[self._functions[self._names[slot]]].learn(slot, cached, tokens, prefill_s)
 
     def connected(self, candidate: Candidate, seconds: float) -> None:
         """Opening a connection took one round trip."""

@@ -1,7 +1,7 @@
 """This router's share of the load, told to the others and heard of them, all the time.
 
-What happens is gathered and told within `FLUSH_S` of the first of it; everything is told every
-`FULL_S`, which is also how the others know that this one lives. No request waits for it. Alone,
+What happens is told at once, or, where something was told less than `FLUSH_S` ago, together with
+what happens until then. Everything is told every `FULL_S`, which is also how the others know that this one lives. No request waits for it. Alone,
 nothing is gathered. Not here: what follows from a message (core.sharing), or how it travels (channels).
 """
 
@@ -23,7 +23,7 @@ from schemas.wire.events import Event, LoadBatch
 _log: Final = logging.getLogger(__name__)
 
 FLUSH_S: Final = 0.01
-"""Leaves as much again for the way, of the 20 ms in which others should know."""
+"""Between two messages: leaves as much again for the way, of the 20 ms in which others should know."""
 FULL_S: Final = 0.5
 
 
@@ -49,7 +49,8 @@ class Part(Protocol):
 class Sharing:
     """Owned by one event loop. The first three methods are called for every request: they are cheap.
 
-    `names` and `slots` are the replicas' by slot and back, read whenever a message comes or goes.
+    `names` and `slots` are the replicas' by slot and back, read whenever a message comes or goes; `now` is
+    the clock that loads are counted by.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Sharing:
         names: Mapping[int, str],
         slots: Mapping[str, int],
         learn: Learn,
+        now: Callable[[], float],
     ) -> None:
         # A process that starts again is another: nothing of its former life is taken for new.
         name = f"{router_id}/{os.urandom(6).hex()}"
@@ -69,9 +71,11 @@ class Sharing:
         self._names = names
         self._slots = slots
         self._learn = learn
+        self._now = now
         self._channels: list[Channel] = []
         self._parts: dict[str, Part] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._told_at = 0.0
         self._read_head = msgspec.msgpack.Decoder(_Head).decode
         self._read = msgspec.msgpack.Decoder(LoadBatch).decode
         self._encode = msgspec.msgpack.Encoder().encode
@@ -116,15 +120,16 @@ class Sharing:
 
     def _due(self) -> None:
         if self._timer is None and not self.alone:
-            self._timer = self._loop.call_later(FLUSH_S, self.flush)
+            self._timer = self._loop.call_at(self._told_at + FLUSH_S, self.flush)
 
     def flush(self, *, full: bool = False) -> None:
         """Tells what there is to tell, now."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._told_at = self._loop.time()
         parts = {name: data for name, part in self._parts.items() if (data := part.take(full=full))}
-        for batch in self._journal.batches(self._names, self._loop.time(), full=full, parts=parts):
+        for batch in self._journal.batches(self._names, self._now(), full=full, parts=parts):
             data = self._encode(batch)
             self.sent += 1
             for channel in self._channels:
@@ -143,7 +148,7 @@ class Sharing:
             self.refused += 1
             return
         self.received += 1
-        is_new = self.peers.receive(batch, self._slots, self._learn, self._loop.time())
+        is_new = self.peers.receive(batch, self._slots, self._learn, self._now())
         for name, told in batch.parts.items():
             part = self._parts.get(name)
             if part is not None:
@@ -158,7 +163,7 @@ class Sharing:
         running = [asyncio.create_task(channel.run(self.receive)) for channel in channels]
         try:
             while True:
-                if self.peers.expire(self._loop.time()) and not len(self.peers):
+                if self.peers.expire(self._now()) and not len(self.peers):
                     self.alone = True
                     self._journal.forget()
                 self.flush(full=True)

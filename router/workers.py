@@ -15,8 +15,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
@@ -33,6 +35,8 @@ _START_S: Final = 60.0
 _ASK_S: Final = 5.0
 _FIRST_WAIT_S: Final = 0.25
 _LONGEST_WAIT_S: Final = 10.0
+_FOLDER_BYTES: Final = 60
+"""Of 107 that a socket's path may have."""
 _STEADY_S: Final = 30.0
 """A worker that lived this long is started again without waiting."""
 
@@ -53,6 +57,15 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def _short_folder() -> tempfile.TemporaryDirectory[str]:
+    """Of this user alone, and with a path that leaves room for a socket's name."""
+    usual = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(
+        prefix="detoserve-",
+        dir=usual if len(usual) < _FOLDER_BYTES else "/tmp",  # noqa: S108 - mkdtemp makes it
+    )
 
 
 def _refuse_a_taken_port(host: str, port: int) -> None:
@@ -102,6 +115,7 @@ class Workers:
         self.url = ""
         self.admin_url = ""
         self._sockets: list[socket.socket] = []
+        self._peers_dir: tempfile.TemporaryDirectory[str] | None = None
         self._workers: list[_Worker | None] = [None] * settings.workers
         self._stopping = False
         self._keepers: list[asyncio.Task[None]] = []
@@ -116,7 +130,12 @@ class Workers:
             OSError: a port is taken.
             WorkersFailed: a worker does not come up; it has said why on stderr.
         """
-        settings, loop = self.settings, asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        if self.settings.workers > 1 and self.settings.peers_dir is None:
+            self._peers_dir = _short_folder()
+            chosen = {"peers_dir": Path(self._peers_dir.name)}
+            self.settings = self.settings.model_copy(update=chosen)
+        settings = self.settings
         _refuse_a_taken_port(settings.host, settings.port)
         port = settings.port
         for _ in range(settings.workers):
@@ -223,6 +242,8 @@ class Workers:
         await self.stopped()
         if self._admin is not None:
             self._admin.close()
+        if self._peers_dir is not None:
+            self._peers_dir.cleanup()
         if self._session is not None:
             await self._session.close()
         for sock in self._sockets:

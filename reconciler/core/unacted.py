@@ -14,6 +14,7 @@ from schemas.kinds import ConfigSpec
 
 NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "Function": (
+        "runtime.disaggregation",
         "scaling.maxReplicas",
         "scaling.metric",
         "scaling.target",
@@ -28,11 +29,12 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "limits",
         "budget",
         "gpus.overQuotaWeight",
+        "namespace",
         "priority",
         "weight",
         "keys[].limits",
     ),
-    "Cluster": ("kai.parentQueue", "agentKeySha256"),
+    "Cluster": ("kai", "agentKeySha256"),
     "Deployment": (
         "shadow",
         "rollout.steps",

@@ -35,7 +35,7 @@ MIN_FIT_TOKENS: Final = 20_000.0
 """The fleet's own fit replaces the default after so many."""
 RAMP_S: Final = 30.0
 RAMP_SLOW: Final = 2.0
-"""How much slower a replica is taken to be the moment it appears."""
+"""How much slower a replica is taken to be the moment it appears among older ones."""
 _RTT_GAIN: Final = 1 / 2
 """Noise only adds: the shorter one is the truer one."""
 _RTT_RISE: Final = 1 / 32
@@ -183,10 +183,13 @@ class Speeds:
         p, q = self.p, self.q = self.pace.fit()
         factors = [r.factor(p, q) for r in self._replicas.values() if r.tokens]
         middle = median(factors) if factors else 1.0
+        # Where all have just appeared, as when this router has, none is newer than the others.
+        eldest = min((r.since for r in self._replicas.values()), default=now)
+        eldest_left = max(0.0, 1 - (now - eldest) / RAMP_S)
         for slot, replica in self._replicas.items():
             own = replica.tokens / (replica.tokens + PRIOR_TOKENS)
             self.factor[slot] = own * replica.factor(p, q) + (1 - own) * middle
             left = max(0.0, 1 - (now - replica.since) / RAMP_S)
-            self.slow[slot] = 1 + (RAMP_SLOW - 1) * left
+            self.slow[slot] = 1 + (RAMP_SLOW - 1) * (left - eldest_left)
             self.rtt_s[slot] = replica.rtt_s
         self.version += 1

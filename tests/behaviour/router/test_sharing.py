@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from redis.asyncio import Redis
@@ -37,16 +38,16 @@ class Member:
             names=NAMES,
             slots={name: slot for slot, name in NAMES.items()},
             learn=lambda *sample: self.samples.append(sample),
+            now=perf_counter,
         )
 
     def send(self, slot: int, blocks: Sequence[int] = ()) -> Any:
-        now = asyncio.get_running_loop().time()
         self.sharing.dispatched(slot, blocks)
-        return self.states.load.dispatch(slot, 1.0, 100, now)
+        return self.states.load.dispatch(slot, 1.0, 100, perf_counter())
 
     def finish(self, ticket: Any) -> None:
         self.sharing.changed(ticket.slot)
-        self.states.load.finish(ticket, asyncio.get_running_loop().time())
+        self.states.load.finish(ticket, perf_counter())
 
     @property
     def requests(self) -> list[int]:

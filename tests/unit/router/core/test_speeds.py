@@ -93,14 +93,22 @@ def test_whatever_is_measured_speeds_stay_positive_and_finite(samples):
         assert 0 < speeds.prefill_s(slot, 0.0, 1000.0) < float("inf")
 
 
-def test_who_appears_is_ramped_up():
+def test_who_appears_among_older_ones_is_ramped_up():
     speeds = Speeds()
-    speeds.add(0, 100.0)
-    assert speeds.slow[0] == 2
-    speeds.refresh(100 + RAMP_S / 2)
-    assert speeds.slow[0] == pytest.approx(1.5)
-    speeds.refresh(100 + RAMP_S)
-    assert speeds.slow[0] == 1
+    speeds.add(0, 0.0)
+    speeds.add(1, 100.0)
+    assert (speeds.slow[0], speeds.slow[1]) == (1, 2)
+    speeds.refresh(100.0 + RAMP_S / 2)
+    assert (speeds.slow[0], speeds.slow[1]) == (1, 1.5)
+    speeds.refresh(100.0 + RAMP_S)
+    assert (speeds.slow[0], speeds.slow[1]) == (1, 1)
+
+
+def test_where_all_have_just_appeared_none_is_slower():
+    speeds = Speeds()
+    for slot in range(3):
+        speeds.add(slot, 100.0)
+    assert set(speeds.slow.values()) == {1.0}
 
 
 def test_distance_is_what_people_say_until_it_is_measured_and_spikes_count_little():

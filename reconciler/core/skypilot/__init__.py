@@ -1,1 +1,0 @@
-"""What SkyPilot is told and what its answers mean. Pure; not here: talking to it (backends.skypilot)."""

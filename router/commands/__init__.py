@@ -1,1 +1,0 @@
-"""Commands for people about what routers decided; `detoserve` lists them. Not here: serving."""
