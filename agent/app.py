@@ -128,6 +128,7 @@ class Agent:
                 self._outbox,
                 session=session,
                 context=context,
+                agent_id=self._id,
                 poll_interval_s=self._poll_interval_s,
                 hash_key=self._hash_key,
             )

@@ -39,11 +39,12 @@ class EngineLink:
         *,
         session: aiohttp.ClientSession,
         context: zmq.asyncio.Context,
+        agent_id: str,
         poll_interval_s: float,
         hash_key: bytes | None,
     ) -> None:
         self.address = address
-        self.state = EngineState(replica, time.time())
+        self.state = EngineState(replica, time.time(), agent=agent_id)
         self._outbox = outbox
         self._session = session
         self._context = context

@@ -101,6 +101,10 @@ class Settings(BaseModel):
     secret_file: Path | None = None
     """A secret that all routers of a fleet share, for the hashes of sessions that they tell one another.
     Unset: made from the public key of routes, which all of them have."""
+    decisions_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    """Decisions recorded in Redis a second, at most, for `detoserve explain` and `replay`; 0: none."""
+    decisions_kept: Annotated[int, Field(ge=1)] = 20_000
+    """Decisions that Redis keeps for a day, over all tenants alike; some 1 KB each."""
     peers_dir: Path | None = None
     """Folder of sockets by which routers of this machine share their loads, short and private to their
     user. With more than one worker unset means one of their own. Routers share by Redis besides."""

@@ -112,6 +112,8 @@ class TenantSpec(StrictModel):
     """Its share of GPUs."""
     namespace: Name | None = None
     """Kubernetes namespace of what runs for this tenant alone."""
+    workspace: Name | None = None
+    """SkyPilot workspace of what runs for this tenant alone; it exists on the API server."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """Higher is served first when replicas are full."""
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0

@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from reconciler.backends.local.processes import Running, all_running, environ_of
 from reconciler.core.workload import Template, Workload
-from schemas.cluster import ExternalEndpoint, ExternalProvider, LocalProvider
+from schemas.cluster import ExternalEndpoint, ExternalProvider, LocalProvider, Provider
 from schemas.deployment import Rollout
 from schemas.function import Model, Readiness, Resources, Runtime
 
@@ -147,6 +149,38 @@ def external_workload(
         spec_digest=spec,
         replicas=replicas,
         rollout=Rollout.model_validate({"drainTimeout": "10s"}),
+    )
+
+
+def sky_workload(
+    *,
+    name: str = "chat--gpus",
+    replicas: int = 1,
+    spec: str = "one",
+    provider: dict[str, Any] | None = None,
+    rollout: dict[str, Any] | None = None,
+    **runtime: Any,
+) -> Workload:
+    """A custom engine on a Slurm cluster, through SkyPilot. `spec` is the template's digest."""
+    where = provider or {"type": "slurm", "cluster": "lab"}
+    command = {"engine": "custom", "command": ["serve", "--port", "{port}", spec]}
+    return Workload(
+        name=name,
+        deployment=name.partition("--")[0],
+        function="test",
+        cluster="gpus",
+        backend="skypilot",
+        provider=TypeAdapter[Provider](Provider).validate_python(where),
+        template=Template(
+            model=Model.model_validate({"uri": "sim://test"}),
+            served_name="test",
+            runtime=Runtime.model_validate({**command, **runtime}),
+            resources=Resources(),
+            readiness=READINESS,
+        ),
+        spec_digest=spec,
+        replicas=replicas,
+        rollout=Rollout.model_validate({"drainTimeout": "10s", **(rollout or {})}),
     )
 
 

@@ -16,8 +16,9 @@ from schemas.wire.token_blocks import pack
 class EngineState:
     """Time is passed in, in Unix seconds."""
 
-    def __init__(self, replica: str, now: float) -> None:
+    def __init__(self, replica: str, now: float, *, agent: str = "") -> None:
         self.replica = replica
+        self._agent = agent
         self.epoch = int(now * 1000)
         self._clears = 0
         self._started_at = 0.0
@@ -98,6 +99,7 @@ class EngineState:
         return EngineReport(
             replica=self.replica,
             at=now,
+            agent=self._agent,
             epoch=self.epoch,
             clears=self._clears,
             running=reading.running,

@@ -1,7 +1,7 @@
 """`detoserve`: the commands for people, scripts and pull-request checks.
 
 Each command is a module with a typer `app`, imported only when it is called, so that `--help` and
-`validate` answer at once. Exit codes everywhere: 0 fine, 1 the answer is no (problems, not ready),
+`validate` answer at once; those about the router's decisions are the router's own, known here by name. Exit codes everywhere: 0 fine, 1 the answer is no (problems, not ready),
 2 the question could not be asked (usage, unreadable), 130 interrupted. Answers go to stdout, all
 else to stderr. Not here: any command.
 """
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, NamedTuple
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from reconciler.cli.terminal import UNASKABLE, complain
+from reconciler.cli.terminal import UNASKABLE, complain, fail
 from reconciler.errors import ReconcileError
 
 
@@ -35,6 +35,8 @@ COMMANDS: Final[dict[str, Entry]] = {
     "plan": Entry("reconciler.cli.plan", "Show what a change would do."),
     "render": Entry("reconciler.cli.render", "Show what backends and routers would be told."),
     "status": Entry("reconciler.cli.status", "Show what runs, from the status branch."),
+    "explain": Entry("router.commands.explain", "Show why a request went where it did."),
+    "replay": Entry("router.commands.replay", "Show what another policy would change."),
     "keys": Entry("reconciler.cli.keys", "Create, import, rotate and revoke API keys."),
     "schemas": Entry("reconciler.cli.schemas", "Write the JSON Schemas of the kinds."),
 }
@@ -57,7 +59,11 @@ class LazyGroup(TyperGroup):
         name, listed, rest = super().resolve_command(ctx, args)
         if listed is None or name is None:
             return name, listed, rest
-        module = import_module(COMMANDS[name].module)
+        try:
+            module = import_module(COMMANDS[name].module)
+        except ModuleNotFoundError as error:
+            package = COMMANDS[name].module.partition(".")[0]
+            fail(f"`detoserve {name}` needs {error.name}: install detoserve[{package}]")
         return name, typer.main.get_command(module.app), rest
 
 

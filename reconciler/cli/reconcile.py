@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 import uvloop
 
+from reconciler.backends.skypilot import api_settings
 from reconciler.cli.terminal import answer, command_app
 from reconciler.core.status import World
 from reconciler.errors import Stalled
@@ -68,6 +70,16 @@ def run(
         Path | None,
         typer.Option(metavar="FILE", help="The webhook's shared secret; needed with a port."),
     ] = None,
+    skypilot_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            envvar="SKYPILOT_API_SERVER_ENDPOINT",
+            help="SkyPilot's API server, for clusters of kubernetes, slurm and clouds; its token is read from "
+            "SKYPILOT_SERVICE_ACCOUNT_TOKEN. [default: none is used]",
+            show_default=False,
+        ),
+    ] = None,
     once: Annotated[
         bool, typer.Option("--once", help="Stop as soon as everything is live; exit 0 then.")
     ] = False,
@@ -106,6 +118,7 @@ def run(
         webhook_host=webhook_host,
         webhook_port=webhook_port,
         webhook_secret=secret,
+        skypilot=api_settings(skypilot_url, os.environ) if skypilot_url else None,
     )
 
     async def main() -> bool:

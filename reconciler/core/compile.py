@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Final
 
 from reconciler.core.config import ConfigObject, ObjectKey
@@ -15,14 +16,29 @@ from reconciler.core.digest import canonical_digest
 from reconciler.core.last_good import Effective
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.placement import Catalogue, choose, has_spot
-from reconciler.core.workload import BackendName, Desired, Placed, Template, Workload
-from schemas.cluster import Cluster, ExternalEndpoint, ExternalProvider, LocalProvider
+from reconciler.core.workload import (
+    BackendName,
+    Desired,
+    Placed,
+    Scheduling,
+    Template,
+    Workload,
+)
+from schemas.cluster import (
+    Cluster,
+    ExternalEndpoint,
+    ExternalProvider,
+    KubernetesProvider,
+    LocalProvider,
+)
 from schemas.deployment import Deployment
 from schemas.function import Function, FunctionSpec, Scaling
 from schemas.platform import Platform, PlatformSpec
 from schemas.tenant import Tenant
 
 MAX_NAME: Final = 63
+SHARED_QUEUE: Final = "shared"
+"""KAI queue of what runs for everybody, or for several tenants."""
 
 
 def workload_name(deployment: str, cluster: str) -> str:
@@ -75,7 +91,7 @@ def compile_workloads(
     functions: dict[str, Function] = {}
     clusters: dict[str, Cluster] = {}
     deployments: list[Deployment] = []
-    gpu_limits: dict[str, int] = {}
+    tenants: dict[str, Tenant] = {}
     for obj in effective.objects.values():
         match obj.value:
             case Function() as function:
@@ -84,12 +100,12 @@ def compile_workloads(
                 clusters[cluster.metadata.name] = cluster
             case Deployment() as deployment:
                 deployments.append(deployment)
-            case Tenant() as tenant if tenant.spec.gpus.limit is not None:
-                gpu_limits[tenant.metadata.name] = tenant.spec.gpus.limit
+            case Tenant() as tenant:
+                tenants[tenant.metadata.name] = tenant
             case _:
                 pass
 
-    templates: dict[tuple[str, str], tuple[Template, str]] = {}
+    templates: dict[tuple[str, str, Scheduling], tuple[Template, str]] = {}
     workloads: dict[str, Workload] = {}
     shielded = dict(effective.shielded)
     here = places or {}
@@ -115,10 +131,12 @@ def compile_workloads(
         place = offer.cluster
         taken[place, offer.gpu_type.casefold()] += offer.gpus
         cluster = clusters[place]
-        made = templates.get((spec.function, place))
+        scheduling = _scheduling(deployment, cluster, tenants)
+        made = templates.get((spec.function, place, scheduling))
         if made is None:
-            template = _template(function, cluster)
-            made = templates[spec.function, place] = (template, template_digest(template))
+            template = _template(function, cluster, scheduling)
+            made = (template, template_digest(template))
+            templates[spec.function, place, scheduling] = made
         if isinstance(cluster.spec.provider, ExternalProvider):
             # There are as many as there are: nobody here starts or stops one.
             wanted = len(made[0].endpoints)
@@ -133,12 +151,12 @@ def compile_workloads(
             backend=backend_of(cluster),
             provider=cluster.spec.provider,
             template=made[0],
-            spec_digest=_with_spot(made[1], cluster, spec.placement.constraints.spot),
+            spec_digest=made[1],
             replicas=0 if spec.suspend else wanted,
             rollout=spec.rollout,
             tenants=tuple(sorted(spec.tenants)),
             weight=spec.weight,
-            shadow_percent=spec.shadow.percent if spec.shadow else 0.0,
+            shadow_percent=spec.shadow.percent if spec.shadow else None,
             scaling=None if spec.suspend else _scaling(function.spec, deployment, cluster),
             placement=Placed(
                 why=choice.reason,
@@ -154,7 +172,9 @@ def compile_workloads(
         workloads=dict(sorted(workloads.items())),
         prune_blocked=effective.prune_blocked,
         shielded=shielded,
-        gpu_limits=gpu_limits,
+        gpu_limits={
+            n: t.spec.gpus.limit for n, t in tenants.items() if t.spec.gpus.limit is not None
+        },
         deployments_before=effective.deployments_before,
     )
 
@@ -172,14 +192,29 @@ def _scaling(function: FunctionSpec, deployment: Deployment, cluster: Cluster) -
     return scaling if scaling.metric is not None or sleeps else None
 
 
-def _with_spot(digest: str, cluster: Cluster, spot: str) -> str:
-    """Another kind of instance is another template, where there is one."""
-    if spot == "never" or not has_spot(cluster):
-        return digest
-    return canonical_digest([digest, spot])[:16]
+def _scheduling(
+    deployment: Deployment, cluster: Cluster, tenants: Mapping[str, Tenant]
+) -> Scheduling:
+    if backend_of(cluster) != "skypilot":
+        return Scheduling()
+    spec, provider, kai = deployment.spec, cluster.spec.provider, cluster.spec.kai
+    # What runs for one tenant alone runs in its own queue, namespace and workspace.
+    alone = tenants.get(spec.tenants[0]) if len(spec.tenants) == 1 else None
+    namespace = queue = None
+    if isinstance(provider, KubernetesProvider):
+        namespace = (alone.spec.namespace if alone else None) or provider.namespace
+        if kai.enabled:
+            queue = alone.metadata.name if alone else SHARED_QUEUE
+    return Scheduling(
+        spot=spec.placement.constraints.spot if has_spot(cluster) else "never",
+        workspace=alone.spec.workspace if alone else None,
+        namespace=namespace,
+        queue=queue,
+        topology=kai.topology,
+    )
 
 
-def _template(function: Function, cluster: Cluster) -> Template:
+def _template(function: Function, cluster: Cluster, scheduling: Scheduling) -> Template:
     spec = function.spec
     endpoints: tuple[ExternalEndpoint, ...] = ()
     if isinstance(cluster.spec.provider, ExternalProvider):
@@ -193,6 +228,7 @@ def _template(function: Function, cluster: Cluster) -> Template:
         resources=spec.resources,
         readiness=spec.readiness,
         endpoints=endpoints,
+        scheduling=scheduling,
     )
 
 
@@ -217,12 +253,13 @@ def places_of(effective: Effective, observed: Sequence[Observation | Unknown]) -
 def template_digest(template: Template) -> str:
     """What decides whether a change rolls. Names and tasks are the router's affair and are left out."""
     model = template.model
-    return canonical_digest(
-        [
-            [model.uri, model.format, model.quantization, template.served_name],
-            template.runtime,
-            template.resources,
-            template.readiness,
-            list(template.endpoints),
-        ]
-    )[:16]
+    parts: list[object] = [
+        [model.uri, model.format, model.quantization, template.served_name],
+        template.runtime,
+        template.resources,
+        template.readiness,
+        list(template.endpoints),
+    ]
+    if template.scheduling != Scheduling():
+        parts.append(asdict(template.scheduling))
+    return canonical_digest(parts)[:16]

@@ -7,7 +7,7 @@ of secrets (secret_values), or starting anything (processes).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reconciler.core.workload import Template
@@ -16,12 +16,16 @@ from reconciler.errors import Stalled
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What differs from one replica to the next. `python` runs engines built into DetoServe."""
+    """What differs from one replica to the next. `python` runs engines built into DetoServe.
+
+    `model` is where the model is found there; "" where its URI says that.
+    """
 
     host: str
     port: int
     replica: str
     python: str
+    model: str = ""
 
 
 def engine_argv(template: Template, place: Place) -> list[str]:
@@ -31,26 +35,50 @@ def engine_argv(template: Template, place: Place) -> list[str]:
         Stalled: this engine or model cannot be run as a process here; says what to do instead.
     """
     runtime = template.runtime
-    if runtime.command:
-        start = list(runtime.command)
+    if runtime.command or runtime.engine == "simulated":
+        model, revision = model_argument(template.model.uri)
+    elif runtime.engine in ("vllm", "sglang"):
+        model, revision = _local_model(template)
     else:
-        match runtime.engine:
-            case "simulated":
-                start = _simulated(template, place)
-            case "vllm":
-                start = _vllm(template, place)
-            case "sglang":
-                start = _sglang(template, place)
-            case engine:
-                raise Stalled(
-                    f"engine {engine} is not started as a process on a local cluster; give "
-                    "runtime.command how to start it, or place it on a cluster with containers"
-                )
+        raise Stalled(
+            f"engine {runtime.engine} is not started as a process on a local cluster; give "
+            "runtime.command how to start it, or place it on a cluster with containers"
+        )
+    return [*serve_argv(template, place, model, revision), *filled_args(template, place)]
+
+
+def serve_argv(template: Template, place: Place, model: str, revision: str | None) -> list[str]:
+    """The function's own command, or how its engine serves `model`; without `runtime.args`.
+
+    Raises:
+        Stalled: the engine has no one command (triton, dynamo, llm-d), or an empty one.
+    """
+    runtime = template.runtime
+    if runtime.command:
+        filled = _fill_all(runtime.command, template, place)
+        if not filled[0]:
+            raise Stalled("runtime.command begins with an empty word; name a program")
+        return filled
+    match runtime.engine:
+        case "simulated":
+            return _simulated(template, place)
+        case "vllm":
+            return _vllm(template, place, model, revision)
+        case "sglang":
+            return _sglang(template, place, model, revision)
+        case engine:
+            raise Stalled(f"engine {engine} is not started by one command; give runtime.command")
+
+
+def filled_args(template: Template, place: Place) -> list[str]:
+    """`runtime.args` with what differs from replica to replica filled in."""
+    return _fill_all(template.runtime.args, template, place)
+
+
+def filled_env(template: Template, place: Place) -> dict[str, str]:
+    """`runtime.env`, likewise."""
     known = _known(template, place)
-    filled = [_fill(argument, known) for argument in (*start, *runtime.args)]
-    if not filled[0]:
-        raise Stalled("runtime.command begins with an empty word; name a program")
-    return filled
+    return {name: _fill(value, known) for name, value in template.runtime.env.items()}
 
 
 def engine_environ(
@@ -60,14 +88,12 @@ def engine_environ(
 
     Variables of DetoServe and of Git can hold credentials of the reconciler and do not go along.
     """
-    known = _known(template, place)
     environ = {
         name: value
         for name, value in inherited.items()
         if not name.startswith(("DETOSERVE_", "GIT_", "SSH_"))
     }
-    environ |= {name: _fill(value, known) for name, value in template.runtime.env.items()}
-    return environ | dict(secrets)
+    return environ | filled_env(template, place) | dict(secrets)
 
 
 def model_argument(uri: str) -> tuple[str, str | None]:
@@ -94,9 +120,8 @@ def _simulated(template: Template, place: Place) -> list[str]:
     return argv
 
 
-def _vllm(template: Template, place: Place) -> list[str]:
+def _vllm(template: Template, place: Place, model: str, revision: str | None) -> list[str]:
     runtime = template.runtime
-    model, revision = _real_model(template)
     argv = ["vllm", "serve", model, "--host", place.host, "--port", str(place.port)]
     argv += ["--served-model-name", template.served_name]
     argv += ["--tensor-parallel-size", str(runtime.tensor_parallel)]
@@ -114,9 +139,8 @@ def _vllm(template: Template, place: Place) -> list[str]:
     return [*argv, on_or_off, "--enable-prompt-tokens-details"]
 
 
-def _sglang(template: Template, place: Place) -> list[str]:
+def _sglang(template: Template, place: Place, model: str, revision: str | None) -> list[str]:
     runtime = template.runtime
-    model, revision = _real_model(template)
     argv = ["python3", "-m", "sglang.launch_server", "--model-path", model]
     argv += ["--host", place.host, "--port", str(place.port)]
     argv += ["--served-model-name", template.served_name]
@@ -134,7 +158,7 @@ def _sglang(template: Template, place: Place) -> list[str]:
     return [*argv, "--enable-metrics", "--enable-cache-report"]
 
 
-def _real_model(template: Template) -> tuple[str, str | None]:
+def _local_model(template: Template) -> tuple[str, str | None]:
     uri, engine = template.model.uri, template.runtime.engine
     if uri.startswith("sim://"):
         raise Stalled(
@@ -151,9 +175,14 @@ def _known(template: Template, place: Place) -> dict[str, str]:
     return {
         "{port}": str(place.port),
         "{host}": place.host,
-        "{model}": model_argument(template.model.uri)[0],
+        "{model}": place.model or model_argument(template.model.uri)[0],
         "{replica}": place.replica,
     }
+
+
+def _fill_all(words: Sequence[str], template: Template, place: Place) -> list[str]:
+    known = _known(template, place)
+    return [_fill(word, known) for word in words]
 
 
 def _fill(text: str, known: Mapping[str, str]) -> str:

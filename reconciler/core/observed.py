@@ -49,6 +49,9 @@ class ObservedWorkload:
     quarantined: bool = False
     """The backend cannot say what is left of it; a human must look before its name is used again."""
 
+    stalled: str = ""
+    """Why it cannot become what it was told to be without a human; "" where it can."""
+
     def count(self, phase: Phase) -> int:
         return sum(replica.phase is phase for replica in self.replicas)
 

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from reconciler.core.action import Action, Change, Create, Delete, Noop, Plan, Update
 from reconciler.core.diff import diff
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
-from reconciler.core.workload import Desired, Template, Workload
+from reconciler.core.workload import Desired, Scheduling, Template, Workload
 from schemas.platform import Prune
 
 CONFIRMATION: Final = re.compile(
     r"^Detoserve-Confirm-Deletions:\s*(\d+)\s+([0-9a-f]{7,64})\s*$", re.MULTILINE | re.IGNORECASE
 )
+
+_HOW_TO: Final = {
+    "skypilot": "; set SKYPILOT_API_SERVER_ENDPOINT to the URL of a SkyPilot API server"
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def plan(
             actions.append(Noop(name, workload.deployment, reason, held=True))
             continue
         if workload.backend not in seen:
-            reason = f"not acted on yet: no {workload.backend} backend runs in this reconciler"
+            reason = f"no {workload.backend} backend runs in this reconciler{_HOW_TO.get(workload.backend, '')}"
             actions.append(Noop(name, workload.deployment, reason, held=True))
             continue
         observation = seen[workload.backend]
@@ -263,6 +267,8 @@ def template_data(template: Template) -> dict[str, Any]:
     # Names and tasks change nothing that runs.
     for routed in ("servedName", "aliases", "tasks"):
         data["model"].pop(routed, None)
+    if template.scheduling != Scheduling():
+        data["scheduling"] = {k: v for k, v in asdict(template.scheduling).items() if v}
     if template.endpoints:
         data["endpoints"] = [endpoint.url for endpoint in template.endpoints]
     return data

@@ -183,7 +183,8 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
     ]
 
     if workload.name in held and current is None:
-        reason = "NotActedOnYet" if workload.backend == "skypilot" else "Held"
+        known = any(o.backend == workload.backend for o in world.observed)
+        reason = "Held" if known else "NoBackend"
         return [
             _condition("Ready", False, reason, held[workload.name]),
             _condition("Stalled", True, reason, held[workload.name]),
@@ -217,6 +218,8 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
         conditions.append(_condition("Stalled", True, "ActionFailed", failure))
     elif current is not None and current.quarantined:
         conditions.append(_condition("Stalled", True, "Quarantined", current.detail))
+    elif current is not None and current.stalled:
+        conditions.append(_condition("Stalled", True, "BackendStalled", current.stalled))
     elif workload.name in held:
         conditions.append(_condition("Stalled", True, "Held", held[workload.name]))
     elif reconciling:

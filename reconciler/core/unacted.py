@@ -14,7 +14,6 @@ from schemas.kinds import ConfigSpec
 
 NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "Function": (
-        "runtime.disaggregation",
         "scaling.maxReplicas",
         "scaling.metric",
         "scaling.target",
@@ -29,12 +28,11 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "limits",
         "budget",
         "gpus.overQuotaWeight",
-        "namespace",
         "priority",
         "weight",
         "keys[].limits",
     ),
-    "Cluster": ("kai", "agentKeySha256"),
+    "Cluster": ("kai.parentQueue", "agentKeySha256"),
     "Deployment": (
         "shadow",
         "rollout.steps",

@@ -17,6 +17,21 @@ BackendName = Literal["local", "external", "skypilot"]
 
 
 @dataclass(frozen=True, slots=True)
+class Scheduling:
+    """What of tenant, cluster and placement decides how SkyPilot runs a replica. Unset: as it likes."""
+
+    spot: Literal["never", "allowed", "only"] = "never"
+    workspace: str | None = None
+    """SkyPilot workspace of the one tenant it runs for."""
+    namespace: str | None = None
+    """Kubernetes namespace: the tenant's, else the cluster's."""
+    queue: str | None = None
+    """KAI queue: the tenant's, or `shared`."""
+    topology: str | None = None
+    """KAI topology that keeps the pods of a replica near each other."""
+
+
+@dataclass(frozen=True, slots=True)
 class Template:
     """What every replica of a workload runs. A change of it rolls; nothing else does."""
 
@@ -27,6 +42,8 @@ class Template:
     readiness: Readiness
     endpoints: tuple[ExternalEndpoint, ...] = ()
     """External clusters only: the engines somebody else runs."""
+    scheduling: Scheduling = Scheduling()
+    """SkyPilot's clusters only; elsewhere it has no effect and stays unset."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,7 @@ class Workload:
     tenants: tuple[str, ...] = ()
     """Empty: shared."""
     weight: int = 100
-    shadow_percent: float = 0.0
+    shadow_percent: float | None = None
     scaling: Scaling | None = None
     """What moves `replicas` by load; None where Git alone says how many."""
     placement: Placed = field(default_factory=Placed)

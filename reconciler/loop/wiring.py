@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
+from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend
 from reconciler.core.status import World
 from reconciler.errors import Fenced, Stalled, Transient
 from reconciler.loop.config_reader import GitConfig
@@ -27,7 +29,7 @@ from reconciler.loop.reconciler import Reconciler
 from reconciler.loop.state import StateFile
 from reconciler.loop.status_task import StatusTask
 from reconciler.publish import signing_key
-from reconciler.publish.lease import Leaser
+from reconciler.publish.lease import LeaseLost, Leaser
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.routers import RouterWatch
 from reconciler.publish.routes import RoutesPublisher
@@ -60,6 +62,8 @@ class ReconcilerSettings:
     webhook_host: str = "127.0.0.1"
     webhook_port: int | None = None
     webhook_secret: str = ""
+    skypilot: ApiSettings | None = None
+    """SkyPilot's API server; None: nothing is run through SkyPilot."""
 
 
 class Assembly:
@@ -140,9 +144,20 @@ class Assembly:
                 writer.offer(world)
                 self._on_world(world)
 
+            backends: dict[str, Backend] = {b.name: b for b in (self._local, self._external)}
+            skypilot = None
+            if settings.skypilot is not None:
+                skypilot = SkyPilotBackend(
+                    settings.skypilot,
+                    settings.state_dir,
+                    settings.owner,
+                    notify=self._wake,
+                    leading=lambda: _generation(leadership),
+                )
+                backends[skypilot.name] = skypilot
             loop = self._loop = Reconciler(
                 config=GitConfig(source),
-                backends={b.name: b for b in (self._local, self._external)},
+                backends=backends,
                 routes=routes,
                 routers=routers,
                 leadership=leadership,
@@ -157,6 +172,9 @@ class Assembly:
             await self._local.start()
             stack.push_async_callback(self._local.close)
             stack.push_async_callback(self._external.close)
+            if skypilot is not None:
+                await skypilot.start()
+                stack.push_async_callback(skypilot.close)
             fetch = lambda: loop.wake(fetch=True)  # noqa: E731
             if settings.webhook_port is not None:
                 url = await stack.enter_async_context(self._webhook(fetch))
@@ -183,6 +201,14 @@ class Assembly:
     async def stop_engines(self) -> None:
         """Ends every engine on this machine that carries our mark; for `detoserve up`."""
         await self._local.stop_all()
+
+
+def _generation(leadership: LeaseLeadership) -> int | None:
+    held = leadership.held
+    try:
+        return held.require().generation if held else None
+    except LeaseLost:
+        return None
 
 
 async def _live(

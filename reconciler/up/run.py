@@ -94,6 +94,8 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
                 EmbeddedValkey(state_dir / "valkey", pid_file=state_dir / "up" / "valkey.pid")
             )
             redis_url = valkey.url
+            # For commands that ask it, such as `detoserve explain`.
+            (state_dir / "up" / "redis-url").write_text(redis_url, encoding="utf-8")
             screen.step("embedded Valkey")
 
         shown = asyncio.Event()

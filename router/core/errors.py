@@ -25,6 +25,7 @@ class Refusal:
     """Methods that the path does answer."""
     retry: bool = False
     """Whether the same request may succeed if it is sent again (`x-should-retry`)."""
+    more_headers: tuple[tuple[str, str], ...] = ()
 
     def body(self) -> bytes:
         """JSON of `{"error": {message, type, param, code}}`."""
@@ -47,6 +48,7 @@ class Refusal:
             out["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         if self.allow:
             out["Allow"] = ", ".join(self.allow)
+        out.update(self.more_headers)
         if self.status == 401:
             out["WWW-Authenticate"] = "Bearer"
         return out

@@ -44,12 +44,14 @@ class _Run:
 class _Cache:
     """What one replica is thought to hold since it was last cleared."""
 
-    __slots__ = ("bit", "capacity", "dead_runs", "runs", "size")
+    __slots__ = ("bit", "capacity", "dead_runs", "inserted", "runs", "size")
 
     def __init__(self, bit: int, capacity: int) -> None:
         self.bit = bit
         self.capacity = capacity
         self.size = 0
+        self.inserted = 0
+        """Blocks that it did not hold before, since it was last cleared."""
         self.runs: deque[_Run] = deque()
         """Least recently used first."""
         self.dead_runs = 0
@@ -69,6 +71,8 @@ class _Holders:
 class _Replica:
     cache: _Cache
     epoch: int
+    inserted: int = 0
+    """Into the caches before this one."""
 
 
 class PrefixIndex:
@@ -96,6 +100,11 @@ class PrefixIndex:
         replica = self._replicas.get(slot)
         return replica.cache.size if replica else 0
 
+    def inserted(self, slot: int) -> int:
+        """Blocks that a replica was ever credited with anew; only grows while it has its slot."""
+        replica = self._replicas.get(slot)
+        return replica.inserted + replica.cache.inserted if replica else 0
+
     # Replicas
 
     def add(self, slot: int, capacity_blocks: int = 0, epoch: int = 0) -> None:
@@ -115,6 +124,7 @@ class PrefixIndex:
         replica = self._replicas.get(slot)
         if replica is not None:
             self._retire(replica.cache)
+            replica.inserted += replica.cache.inserted
             replica.cache = self._new_cache(slot, replica.cache.capacity)
 
     def set_epoch(self, slot: int, epoch: int) -> None:
@@ -189,6 +199,7 @@ class PrefixIndex:
             run.live += end - start
             if own is None:
                 cache.size += end - start
+                cache.inserted += end - start
             else:
                 self._left(own, end - start)
             start = end

@@ -8,12 +8,84 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from sys import byteorder
 
+from router.core.blocks import Prompt
 from router.core.score import Fleet, Held
 from router.core.snapshot import Candidate, Snapshot
-from schemas.wire.decisions import CHAIN_STRIDE, Considered, Removed
+from schemas.wire.decisions import CHAIN_STRIDE, Considered, Decision, Outcome, Removed
 from schemas.wire.routing import Function, Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one choice was made from, by reference: nothing of it changes afterwards."""
+
+    id: str
+    at: float
+    """Unix seconds."""
+    snapshot: Snapshot
+    function: Function
+    tenant: Tenant
+    operation: str
+    pool: Sequence[Candidate]
+    chosen: Candidate
+    fleet: Fleet
+    """Of the pool, by position."""
+    held: Held
+    prompt: Prompt
+    turn: int = 0
+    session: int | None = None
+    pinned: str = ""
+    attempt: int = 1
+    forced: bool = False
+    skipped: int = 0
+    tried: Collection[str] = ()
+    ejected: Collection[str] = ()
+    in_flight: Mapping[str, int] = field(default_factory=dict)
+    """Of replicas that may be full; a copy."""
+
+
+def written(seen: Seen, router: str, outcome: Outcome | None = None) -> Decision:
+    """The record of a choice, with what became of the request where that is known."""
+    policy = seen.function.policy
+    return Decision(
+        id=seen.id,
+        at=seen.at,
+        router=router,
+        tenant=seen.tenant.name,
+        function=seen.function.name,
+        operation=seen.operation,
+        generation=seen.snapshot.generation,
+        revision=seen.snapshot.revision,
+        policy_since=seen.function.policy_since,
+        policy=policy.name,
+        weights=policy.weights,
+        chosen=seen.chosen.id,
+        candidates=considered(seen.pool, seen.fleet, seen.held),
+        removed=removed(
+            seen.snapshot,
+            seen.function,
+            seen.tenant,
+            seen.pool,
+            seen.in_flight,
+            tried=seen.tried,
+            ejected=seen.ejected,
+        ),
+        pinned=seen.pinned,
+        session=seen.session,
+        turn=seen.turn,
+        tokens=seen.prompt.tokens,
+        block_tokens=seen.prompt.block_tokens,
+        chain=chain(seen.prompt.blocks),
+        p=seen.fleet.p,
+        q=seen.fleet.q,
+        attempt=seen.attempt,
+        forced=seen.forced,
+        skipped=seen.skipped,
+        outcome=outcome,
+    )
 
 
 def considered(pool: Sequence[Candidate], fleet: Fleet, held: Held) -> tuple[Considered, ...]:

@@ -188,7 +188,7 @@ def elsewhere(decisions: Sequence[Decision], rule_of: RuleOf) -> float:
 
 
 def latest(decisions: Sequence[Decision]) -> list[Decision]:
-    """Each request once, as it was recorded last, by the time it came; forced ones are left out."""
-    by_id = {d.id: d for d in decisions}
-    kept = [d for d in by_id.values() if not d.forced and d.candidates]
+    """Each request once, as it was recorded last, by the time it came; retries and forced ones are left out."""
+    by_id = {d.id: d for d in decisions if d.attempt == 1 and not d.forced and d.candidates}
+    kept = by_id.values()
     return sorted(kept, key=lambda d: (d.at, d.id))

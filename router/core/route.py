@@ -31,12 +31,14 @@ from router.core.score import (
     weigh,
 )
 from router.core.speeds import Speeds
+from router.core.trust import Trust, discounted
 from schemas.wire.routing import Policy
 
 Gather = Callable[[Any], tuple[Any, ...]]
 
 _Column = tuple[float, ...]
 _KEPT_POSITIONS: Final = 1024
+_NO_DOUBT: Final[dict[int, float]] = {}
 ANSWER_TOKENS: Final = 256.0
 """Cache that an answer is taken to need besides its prompt."""
 
@@ -94,6 +96,7 @@ class States:
 
     index: PrefixIndex = field(default_factory=PrefixIndex)
     load: Load = field(default_factory=Load)
+    trust: Trust = field(default_factory=Trust)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,9 @@ class Choice:
     hit_blocks: int
     """That it is thought to hold of the prompt."""
     hit_tokens: float
+    """As much of it as has proved true there of late."""
     held: Held
-    """(tokens, positions that hold so many), deepest first."""
+    """(tokens, positions that hold so many), deepest first, as they were weighed."""
     _costs: Sequence[float] = ()
     _signals: Callable[[int], Signals] | None = None
 
@@ -155,6 +159,10 @@ def choose(
         if here:
             held.append((hit_tokens(prompt, blocks), here))
             depths.append(blocks)
+    doubted = states.trust.factors
+    at = candidates.position
+    factors = {at[slot]: f for slot, f in doubted.items() if slot in at} if doubted else _NO_DOUBT
+    credited = discounted(held, factors) if factors else held
     mine = candidates.position.get(pinned) if pinned is not None else None
 
     def chosen(
@@ -163,18 +171,18 @@ def choose(
         blocks = next(
             (depth for depth, (_, here) in zip(depths, held, strict=True) if first in here), 0
         )
-        tokens = hit_tokens(prompt, blocks)
-        return Choice(first, candidates.slots[first], blocks, tokens, held, costs, signals)
+        tokens = hit_tokens(prompt, blocks) * factors.get(first, 1.0)
+        return Choice(first, candidates.slots[first], blocks, tokens, credited, costs, signals)
 
     name = policy.name
     if name == "round-robin":
         return chosen(turn % len(candidates.slots))
     fleet = candidates.fleet(states.load, speeds, now)
     if name == "expected-latency":
-        ranking = Ranking(fleet, prompt.tokens, held, pinned=mine, weights=policy.weights)
+        ranking = Ranking(fleet, prompt.tokens, credited, pinned=mine, weights=policy.weights)
         return chosen(least(ranking.costs_s, chance), ranking.costs_s, ranking.signals)
     if name == "linear":
-        signals = linear_signals(fleet, prompt.tokens, held, mine)
+        signals = linear_signals(fleet, prompt.tokens, credited, mine)
         costs = [-weigh(one, policy.weights) for one in signals]
         return chosen(least(costs, chance), costs, signals.__getitem__)
     if name == "session" and mine is not None:

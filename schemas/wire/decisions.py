@@ -100,6 +100,10 @@ class Decision(Event, frozen=True, kw_only=True):
     """Seconds a token of prefill."""
     q: float = 0.0
     """Seconds a square token of prefill."""
+    attempt: int = 1
+    """Above 1: after earlier ones had failed."""
     forced: bool = False
     """A person chose the replica."""
+    skipped: int = 0
+    """Requests that this process sent before this one and recorded nothing of."""
     outcome: Outcome | None = None

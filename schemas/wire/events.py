@@ -48,6 +48,8 @@ class EngineReport(Event, frozen=True, kw_only=True):
     replica: str
     at: float
     """Unix seconds; a reader believes none that is not newer than the last."""
+    agent: str = ""
+    """Who says so: two agents that follow one engine would contradict one another."""
     epoch: int = 0
     """Changes when the engine starts; 0: nobody can tell."""
     clears: int = 0

@@ -45,8 +45,8 @@ class Arm(Record, frozen=True, kw_only=True):
     """Only these; empty: every tenant that may use the function."""
     weight: int = 100
     """Share of sessions. Where all arms have the default, nothing is divided."""
-    shadow_percent: float = 0.0
-    """Above 0: serves nobody, and is sent copies of this share of the function's sessions."""
+    shadow_percent: float | None = None
+    """Set: serves nobody, and is sent copies of this share of the function's sessions."""
     replicas: tuple[Replica, ...] = ()
 
 

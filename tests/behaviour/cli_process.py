@@ -37,7 +37,7 @@ _FORK_SERVER = """
 import io, json, os, socket, sys
 import reconciler.cli as cli, reconciler.edit.work_tree, watchfiles, schemas.json_schema
 from importlib import import_module
-for name in ("keys", "plan", "render", "schemas", "status", "validate"):
+for name in ("explain", "keys", "plan", "render", "replay", "schemas", "status", "validate"):
     import_module(cli.COMMANDS[name].module)
 server = socket.socket(fileno=int(sys.argv[1]))
 while True:

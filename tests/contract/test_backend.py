@@ -17,12 +17,16 @@ from aiohttp import web
 from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
+from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend
+from reconciler.backends.skypilot.backend import Pace
 from reconciler.core.action import Create, Delete, Update
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
+from reconciler.core.skypilot.render import service_task
 from reconciler.core.workload import Workload
 from reconciler.errors import NotOurs, Transient, Waiting
-from tests.engines import external_workload, local_workload
+from tests.engines import external_workload, local_workload, sky_workload
 from tests.fake_backend import FakeBackend
+from tests.sky_api_server import FakeService, SkyApiServer
 from tests.support import eventually
 
 
@@ -124,12 +128,52 @@ class FakeWorld:
         await self.backend.close()
 
 
-@pytest.fixture(params=["local", "external", "fake"])
+class SkyPilotWorld:
+    """Against SkyPilot's REST API with state, in memory; the real one is in the lab."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.server = path, SkyApiServer()
+        self._stack = AsyncExitStack()
+
+    async def open(self) -> None:
+        if not self.server.url:
+            await self._stack.enter_async_context(self.server.running())
+        pace = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01)
+        self.backend = SkyPilotBackend(
+            ApiSettings(self.server.url), self.path, "test", notify=lambda: None, pace=pace
+        )
+        await self.backend.start()
+
+    async def reopen(self) -> None:
+        await self.backend.close()
+        await self.open()
+
+    def workload(self, *, replicas: int = 1, spec: str = "one") -> Workload:
+        return sky_workload(replicas=replicas, spec=spec)
+
+    def make_foreign(self, workload: Workload) -> None:
+        # Another one's, made at the same time or before.
+        task = service_task(workload, "somebody-else")
+        self.server.services[workload.name] = FakeService(workload.name, {1: task})
+
+    def break_it(self) -> None:
+        self.server.down = True
+
+    def move(self) -> None:
+        self.server.step()
+
+    async def end(self) -> None:
+        await self.backend.close()
+        await self._stack.aclose()
+
+
+@pytest.fixture(params=["local", "external", "fake", "skypilot"])
 async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[World]:
     made: Any = {
         "local": lambda: LocalWorld(tmp_path),
         "external": ExternalWorld,
         "fake": FakeWorld,
+        "skypilot": lambda: SkyPilotWorld(tmp_path),
     }[request.param]()
     await made.open()
     yield made
@@ -210,7 +254,7 @@ async def test_scaling_keeps_the_ids_of_those_that_stay(world: World) -> None:
 
 
 # Not external: what it watches is not its to replace.
-@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
+@pytest.mark.parametrize("world", ["local", "fake", "skypilot"], indirect=True)
 async def test_a_roll_ends_with_new_replicas_under_new_ids(world: World) -> None:
     old, new = world.workload(spec="one"), world.workload(spec="two")
     await world.backend.apply(Create(old, "new"))
@@ -250,6 +294,7 @@ async def test_a_draining_replica_stays_until_it_is_released(world: World) -> No
     await world.backend.release([now.replicas[0].id])
 
     async def gone() -> bool:
+        world.move()
         return await seen(world, workload.name) is None
 
     await eventually(gone)
@@ -285,6 +330,7 @@ async def test_a_name_that_is_being_deleted_must_wait(world: World) -> None:
     await world.backend.release([r.id for r in ready.replicas])
 
     async def created() -> bool:
+        world.move()
         try:
             await world.backend.apply(Create(workload, "again"))
         except Waiting:
@@ -296,7 +342,7 @@ async def test_a_name_that_is_being_deleted_must_wait(world: World) -> None:
 
 
 # Not external: it is told again after a restart.
-@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
+@pytest.mark.parametrize("world", ["local", "fake", "skypilot"], indirect=True)
 async def test_what_runs_is_found_again_unchanged(world: World) -> None:
     workload = world.workload(replicas=2)
     await world.backend.apply(Create(workload, "new"))
@@ -306,7 +352,7 @@ async def test_what_runs_is_found_again_unchanged(world: World) -> None:
 
 
 # Not external: nothing of it can be another's.
-@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
+@pytest.mark.parametrize("world", ["local", "fake", "skypilot"], indirect=True)
 async def test_a_foreign_name_is_shown_and_refused(world: World) -> None:
     workload = world.workload(replicas=0)
     await world.backend.apply(Create(workload, "new"))
@@ -324,14 +370,19 @@ async def test_a_foreign_name_is_shown_and_refused(world: World) -> None:
 
 
 # Not external: it holds everything in memory.
-@pytest.mark.parametrize("world", ["local", "fake"], indirect=True)
+@pytest.mark.parametrize("world", ["local", "fake", "skypilot"], indirect=True)
 async def test_what_cannot_be_asked_is_unknown_and_takes_nothing_on(world: World) -> None:
     workload = world.workload()
     await world.backend.apply(Create(workload, "new"))
     await until_ready(world, workload)
     world.break_it()
-    answer = await world.backend.observe()
-    assert isinstance(answer, Unknown)
+
+    async def unknown() -> Unknown | None:
+        answer = await world.backend.observe()
+        return answer if isinstance(answer, Unknown) else None
+
+    answer = await eventually(unknown)
+    assert answer is not None
     assert answer.reason
     with pytest.raises(Transient):
         await world.backend.apply(Create(replace(world.workload(), name="other--here"), "new"))

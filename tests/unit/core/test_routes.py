@@ -210,7 +210,10 @@ def test_a_policy_names_the_commit_that_set_it():
 def test_a_shadow_is_told_from_an_arm_that_serves():
     objects = (*BASE, deployment("a"), deployment("b", shadow={"percent": 12.5}))
     made = table(objects, [shown(*objects)])
-    assert {a.deployment: a.shadow_percent for a in made.functions[0].arms} == {"a": 0, "b": 12.5}
+    assert {a.deployment: a.shadow_percent for a in made.functions[0].arms} == {
+        "a": None,
+        "b": 12.5,
+    }
     serving = (*BASE, deployment("a"), deployment("b"))
     assert changed_deployments(table(serving, [shown(*serving)]), made) == {"b"}
 

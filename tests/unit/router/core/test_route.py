@@ -170,3 +170,34 @@ def test_choosing_changes_nothing():
         assert router.choose(prompt).hit_blocks == 0
     assert router.states.load.requests == [0] * 4
     assert len(router.states.index) == 0
+
+
+def test_a_cache_that_does_not_come_true_is_worth_less():
+    router = Router()
+    prompt = asked(text("a", 64_000))
+    home = router.send(prompt).slot
+    router.states.load.dispatch(home, 3.0, 1000, router.now)  # worth waiting for, if it is true
+    before = router.choose(prompt)
+    assert before.slot == home
+    for _ in range(50):
+        router.states.trust.learn(home, 16_000, 800)
+    after = router.choose(prompt)
+    assert after.slot != home
+    mine = router.candidates.position[home]
+    (credited,) = [tokens for tokens, positions in after.held if mine in positions]
+    assert 0 < credited < 0.3 * before.hit_tokens
+    for _ in range(200):
+        router.states.trust.learn(home, 16_000, 16_000)
+    assert router.choose(prompt).slot == home
+
+
+def test_work_is_counted_as_much_as_comes_true():
+    router = Router(replicas=1)
+    prompt = asked(text("a", 64_000))
+    router.send(prompt)
+    whole = router.choose(prompt)
+    for _ in range(50):
+        router.states.trust.learn(0, 16_000, 0)
+    doubted = router.choose(prompt)
+    assert doubted.hit_blocks == whole.hit_blocks  # what is thought, by which the engine is judged
+    assert doubted.hit_tokens < 0.2 * whole.hit_tokens

@@ -4,7 +4,7 @@ from router.core.snapshot import kept_from, snapshot
 from schemas.wire.routing import Arm, Function, Replica, RoutingTable, Tenant
 
 
-def arm(name: str, percent: float = 0.0, state: str = "ready", **more) -> Arm:
+def arm(name: str, percent: float | None = None, state: str = "ready", **more) -> Arm:
     replica = Replica(id=f"{name}-0", url="http://h:1", state=state)
     return Arm(deployment=name, cluster="c", shadow_percent=percent, replicas=(replica,), **more)
 

@@ -1,0 +1,560 @@
+"""This process's part of counters that all routers share: leased ahead, used without asking, given back.
+
+The shared counter stays exact: what is leased is counted as used until it is given back, and whatever
+is not known (an answer that never came, a router that died) counts as used until it expires. Pure: time is
+passed in, messages are built and read here, and somebody else carries them (limiter). Not here: which counters a
+request needs (limits), or the counting across routers (shared_limits.lua).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+Role = Literal["requests", "tokens", "concurrent", "budget_usd", "budget_tokens"]
+Level = Literal["tenant", "key", "function"]
+
+WINDOW_S: Final = 60
+HOLD_S: Final = 10.0
+"""What a router holds (slots, reservations) is free again so long after its last word."""
+RENEW_S: Final = 3.0
+MEMBER_S: Final = 15.0
+"""A router counts among those that share the limits for so long after its last word."""
+MOST_SHARES: Final = 256
+"""Told of in one message, besides those that requests wait for."""
+_FIRST_LEASE: Final = 4
+_LARGEST_LEASE: Final = 2**44
+_RELIEF_S: Final = 0.02
+"""How long a refusal is repeated without asking where something may be given back at any time."""
+_TIGHT_PART: Final = 16
+"""Below this part of a limit what is given back is told at once: others may be waiting for it."""
+
+Amounts = tuple[int, int, int]
+"""What one request takes: 1, its tokens, its price in nano-USD."""
+
+
+class Limit(NamedTuple):
+    """One ceiling, as a plan of limits names it."""
+
+    key: str
+    """Of the shared counter."""
+    role: Role
+    level: Level
+    limit: int
+    unit: Literal[0, 1, 2]
+    """Which of a request's Amounts it counts."""
+    tenant: str = ""
+    ledger: str = ""
+    """For budgets: the hash of the ledger's totals."""
+
+
+class Share:
+    """This process's part of one counter. Amounts are requests, tokens, slots or nano-USD."""
+
+    __slots__ = (
+        "blocked_amount",
+        "blocked_until",
+        "blocked_wait_s",
+        "bucket",
+        "corrections",
+        "dirty",
+        "free",
+        "is_rate",
+        "lease",
+        "limit",
+        "logged",
+        "outage_base",
+        "pool",
+        "pool_until",
+        "renewed_at",
+        "spent",
+        "spent_by_all",
+        "used",
+        "window",
+        "window_total",
+    )
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.is_rate = limit.role in ("requests", "tokens")
+        self.pool = 0
+        """Leased and not used."""
+        self.pool_until = 0.0
+        self.bucket = 0
+        """Second of the store that the pool is counted in."""
+        self.used = 0
+        """A rate: in all so far. Else: held by requests that run."""
+        self.spent = 0
+        """Of a budget, by this process; only grows."""
+        self.spent_by_all = 0
+        self.free = limit.limit
+        """For all routers, when last heard."""
+        self.lease = _FIRST_LEASE
+        self.corrections: dict[int, int] = {}
+        """Second of the store (0 and less: from now) -> what it is to be changed by."""
+        self.dirty = False
+        self.renewed_at = 0.0
+        self.blocked_until = 0.0
+        self.blocked_amount = 0
+        self.blocked_wait_s = 0.0
+        self.window: deque[list[int]] = deque()
+        """A rate: [second, taken here], for when the store is away or has forgotten."""
+        self.window_total = 0
+        self.logged = 0
+        self.outage_base: tuple[int, int] | None = None
+        """A budget while the store is away: (used and spent when it went, this process's part of the rest)."""
+
+    @property
+    def tight(self) -> bool:
+        """Others may be refused for want of what this process gives back."""
+        return self.free * _TIGHT_PART < self.limit.limit
+
+    def correct(self, second: int, amount: int) -> None:
+        if amount:
+            self.corrections[second] = self.corrections.get(second, 0) + amount
+            self.dirty = True
+
+    def log(self, now: float) -> None:
+        """Notes what was taken since the last time, and forgets what is older than the window."""
+        taken = self.used - self.logged
+        if taken:
+            self.window.append([int(now), taken])
+            self.window_total += taken
+            self.logged = self.used
+        while self.window and self.window[0][0] < int(now) - WINDOW_S:
+            self.window_total -= self.window.popleft()[1]
+
+    def unlog(self, at: float, amount: int) -> None:
+        """Less was taken at `at` than was noted."""
+        for entry in self.window:
+            if entry[0] >= int(at):
+                entry[1] -= amount
+                self.window_total -= amount
+                return
+
+    def put_back(self, amount: int, until: float, bucket: int) -> None:
+        """Into the pool again, as of the older of both leases: what expires early was counted long enough."""
+        if self.pool:
+            until, bucket = min(until, self.pool_until), min(bucket, self.bucket)
+        self.pool += amount
+        self.pool_until, self.bucket = until, bucket
+
+    def empty_pool(self) -> None:
+        """Gives back what is leased and not used."""
+        if not self.pool:
+            return
+        if self.is_rate:
+            self.correct(self.bucket, -self.pool)
+        self.pool = 0
+        self.dirty = True
+
+
+Wants = tuple[tuple[Share, int], ...]
+"""The shares a request needs, each with the index of its amount."""
+
+
+def take(wants: Wants, amounts: Amounts, now: float) -> bool:
+    """All of it from what is leased, or nothing."""
+    for share, unit in wants:
+        if share.pool < amounts[unit] or share.pool_until <= now:
+            return False
+    for share, unit in wants:
+        amount = amounts[unit]
+        share.pool -= amount
+        share.used += amount
+    return True
+
+
+class Failing(NamedTuple):
+    """Why a request may not enter, and when it might (seconds; None: nobody knows)."""
+
+    share: Share
+    amount: int
+    wait_s: float | None
+    never: bool = False
+
+
+def blocked(wants: Wants, amounts: Amounts, now: float) -> Failing | None:
+    """The share that was out a moment ago and cannot have recovered."""
+    for share, unit in wants:
+        if share.blocked_until > now and amounts[unit] >= share.blocked_amount:
+            left = share.blocked_wait_s - now
+            return Failing(share, amounts[unit], left if share.blocked_wait_s else None)
+        if amounts[unit] > share.limit.limit:
+            return Failing(share, amounts[unit], None, never=True)
+    return None
+
+
+class Ask:
+    """One request that needs more than is leased here."""
+
+    __slots__ = ("amounts", "here", "leases", "needs", "wants")
+
+    def __init__(self, wants: Wants, amounts: Amounts, now: float) -> None:
+        """Takes what is here; the store is asked for the rest."""
+        self.wants = wants
+        self.amounts = amounts
+        self.here: list[int] = []
+        self.leases = [(share.pool_until, share.bucket) for share, _ in wants]
+        self.needs: list[int] = []
+        for share, unit in wants:
+            here = min(share.pool, amounts[unit]) if share.pool_until > now else 0
+            share.pool -= here
+            self.here.append(here)
+            self.needs.append(amounts[unit] - here)
+            if not share.is_rate:
+                # Held from now on, so that every message says so.
+                share.used += here
+
+    def granted(self) -> None:
+        for (share, _), here, need in zip(self.wants, self.here, self.needs, strict=True):
+            share.used += need + here if share.is_rate else need
+
+    def put_back(self) -> None:
+        """It is not admitted: what it took here is here again."""
+        for (share, _), here, lease in zip(self.wants, self.here, self.leases, strict=True):
+            if here:
+                share.put_back(here, *lease)
+                if not share.is_rate:
+                    share.used -= here
+                    share.dirty = True
+        self.here = [0] * len(self.here)
+
+
+class _Answer(msgspec.Struct, array_like=True):
+    now_ms: int
+    epoch: str
+    routers: int
+    counters: list[tuple[int, int, int, int]]
+    asks: list[list[int]]
+
+
+_decode: Final = msgspec.msgpack.Decoder(_Answer).decode
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+@dataclass(slots=True)
+class Message:
+    """What is sent to the store, and what is needed to read its answer."""
+
+    keys: list[str]
+    body: bytes
+    shares: list[Share]
+    asks: list[Ask]
+    sent_at: float
+    charged: list[list[int]]
+    """By share: seconds and amounts that were to be added; those above 0 must not be lost."""
+    tells_all: bool
+    """Whether it says what was let in while the store was away."""
+
+
+Verdict = Literal["granted", "refused", "pending"]
+
+
+@dataclass(slots=True)
+class Book:
+    """All shares of one process, and the conversation with the store. `now` is a monotonic clock's."""
+
+    me: str
+    epoch_key: str
+    routers_key: str
+    expected_routers: int = 1
+    shares: dict[str, Share] = field(default_factory=dict)
+    routers: int = 0
+    """That share the limits; 0: never heard."""
+    away: bool = False
+    _epoch: str = ""
+    _offset_s: float = 0.0
+    """The store's clock less ours."""
+    _messages: int = 0
+    _told_at: float = float("-inf")
+
+    def share(self, limit: Limit) -> Share:
+        """The process's share of this counter, with the newest limit."""
+        found = self.shares.get(limit.key)
+        if found is None:
+            found = self.shares[limit.key] = Share(limit)
+        elif found.limit != limit:
+            found.free += limit.limit - found.limit.limit
+            found.limit = limit
+            found.blocked_until = 0.0
+        return found
+
+    def forget(self, keep: Iterable[str]) -> None:
+        """Shares that no plan names any more, once nothing runs under them."""
+        kept = set(keep)
+        for key in [k for k, s in self.shares.items() if k not in kept]:
+            share = self.shares[key]
+            if not share.pool and not share.corrections and (share.is_rate or not share.used):
+                del self.shares[key]
+
+    def store_second(self, at: float) -> int:
+        """Of the store's clock, at one of ours."""
+        return int(at + self._offset_s)
+
+    # Ends of requests
+
+    def settle_tokens(self, share: Share, estimated: int, actual: int, admitted_at: float) -> None:
+        """Corrects a rate of tokens at a request's end."""
+        if actual < estimated:
+            # In the second of the admission or before it: what is given back too early expires early.
+            share.correct(
+                self.store_second(admitted_at) if self._offset_s else 0, actual - estimated
+            )
+            share.unlog(admitted_at, estimated - actual)
+            share.blocked_until = 0.0
+        elif actual > estimated:
+            share.correct(0, actual - estimated)
+            share.used += actual - estimated
+
+    def release(self, share: Share, amount: int, spent: int = 0) -> None:
+        """A request's slot or reservation is free again; of a budget, `spent` is gone for good."""
+        share.used -= amount
+        share.spent += spent
+        share.blocked_until = 0.0
+        back = amount - min(spent, amount)
+        if not share.tight and not self.away:
+            share.pool += back
+        share.dirty = True
+
+    # Messages
+
+    def due(self, now: float) -> list[Share]:
+        """Shares about which the store should hear: something changed, or it might think us dead."""
+        found = []
+        for share in self.shares.values():
+            if share.is_rate:
+                if share.used != share.logged or share.window:
+                    share.log(now)
+            elif (share.used or share.pool) and now - share.renewed_at >= RENEW_S:
+                share.dirty = True
+            if share.pool and share.pool_until <= now:
+                if share.pool * 2 > share.lease:
+                    share.lease = max(_FIRST_LEASE, share.lease // 2)
+                share.empty_pool()
+            if share.dirty:
+                found.append(share)
+        return found
+
+    def is_renewal_due(self, now: float) -> bool:
+        """Whether the store should hear that this process lives."""
+        return bool(self.shares) and now - self._told_at >= RENEW_S
+
+    def recall(self, key: str) -> bool:
+        """Another router needs what is unused here. False: there is no such share."""
+        share = self.shares.get(key)
+        if share is None:
+            return False
+        share.empty_pool()
+        share.lease = _FIRST_LEASE
+        share.dirty = True
+        return True
+
+    def message(self, asks: Sequence[Ask], now: float, now_ms: int = 0) -> Message:
+        """Everything that is due, and these requests. Send it, then `answered` or `unanswered`.
+
+        `now_ms` is what the store is to take for the time; 0: its own clock.
+        """
+        shares: dict[int, int] = {}
+        order: list[Share] = []
+        wanted: dict[int, int] = {}
+        for ask in asks:
+            for (share, _), need in zip(ask.wants, ask.needs, strict=True):
+                if need:
+                    name = id(share)
+                    if name not in shares:
+                        order.append(share)
+                        shares[name] = len(order)
+                    wanted[name] = max(wanted.get(name, 0), need)
+        for share in self.due(now)[:MOST_SHARES]:
+            if id(share) not in shares:
+                order.append(share)
+                shares[id(share)] = len(order)
+        keys = [self.epoch_key, self.routers_key, *(share.limit.key for share in order)]
+        counters, charged = [], []
+        for share in order:
+            limit = share.limit
+            lease = max(share.lease, _FIRST_LEASE * wanted[id(share)]) if id(share) in wanted else 0
+            left_ms = int((share.pool_until - now) * 1000) if share.pool else 0
+            ledger = 0
+            if limit.ledger:
+                keys.append(limit.ledger)
+                ledger = len(keys)
+            flat: list[int] = [part for pair in share.corrections.items() for part in pair]
+            charged.append(flat)
+            part = 1 if limit.role == "budget_usd" else 2
+            a: object = flat if share.is_rate else share.used
+            counters.append(
+                (
+                    *(0 if share.is_rate else 1, limit.limit, lease, share.pool, left_ms, a),
+                    *(share.spent, ledger, limit.tenant, part),
+                )
+            )
+            share.corrections = {}
+            share.dirty = False
+            share.renewed_at = now
+        flat_asks = [
+            [
+                part
+                for (share, _), need in zip(ask.wants, ask.needs, strict=True)
+                if need
+                for part in (shares[id(share)], need)
+            ]
+            for ask in asks
+        ]
+        # Another one each time: a store that forgets twice must not come by the same again.
+        self._messages += 1
+        epoch_if_none = f"{self.me}.{self._messages}"
+        body = _encode(
+            (
+                *(self.me, int(HOLD_S * 1000), int(MEMBER_S * 1000), epoch_if_none),
+                *(counters, flat_asks, now_ms, self._epoch),
+            )
+        )
+        self._told_at = now
+        return Message(keys, body, order, list(asks), now, charged, self.away)
+
+    def answered(
+        self, message: Message, data: bytes, now: float
+    ) -> list[tuple[Verdict, list[Failing]]]:
+        """Reads the store's answer; for each ask what became of it.
+
+        Raises:
+            msgspec.DecodeError: it is no answer; treat it as none.
+        """
+        answer = _decode(data)
+        epoch = answer.epoch
+        self.routers = answer.routers
+        # By the earlier end of the conversation, so that a lease ends here no later than there.
+        self._offset_s = answer.now_ms / 1000 - now
+        if self._epoch and epoch != self._epoch:
+            self._tell_all(now)
+        self._epoch = epoch
+        if self.away and message.tells_all:
+            self.away = False
+            for share in self.shares.values():
+                share.outage_base = None
+        for share, (extra, life_ms, free, spent) in zip(
+            message.shares, answer.counters, strict=True
+        ):
+            share.free, share.spent_by_all = free, spent
+            if extra:
+                until = message.sent_at + life_ms / 1000
+                bucket = (answer.now_ms + life_ms) // 1000
+                if share.pool and share.pool_until > now:
+                    share.pool_until = min(share.pool_until, until)
+                    share.bucket = min(share.bucket, bucket)
+                else:
+                    # It was used up before its time: a larger one would have saved a question.
+                    if now < share.pool_until:
+                        share.lease = min(_LARGEST_LEASE, max(share.lease, extra) * 2)
+                    share.empty_pool()
+                    share.pool_until, share.bucket = until, bucket
+                share.pool += extra
+                if self.away:
+                    # A late answer: the store does not know yet what was let in without it.
+                    share.empty_pool()
+        return [
+            self._verdict(message, ask, said, now)
+            for ask, said in zip(message.asks, answer.asks, strict=True)
+        ]
+
+    def _verdict(
+        self, message: Message, ask: Ask, said: list[int], now: float
+    ) -> tuple[Verdict, list[Failing]]:
+        if said[0] == 1:
+            ask.granted()
+            return "granted", []
+        ask.put_back()
+        failing = []
+        for at, wait_ms in zip(said[1::2], said[2::2], strict=True):
+            share = message.shares[at - 1]
+            unit = next(u for s, u in ask.wants if s is share)
+            wait_s = wait_ms / 1000 if wait_ms > 0 else None
+            failing.append(Failing(share, ask.amounts[unit], wait_s, never=wait_ms < 0))
+            if said[0] == 0 and wait_ms >= 0:
+                relief_s = wait_s if share.limit.role == "requests" and wait_s else _RELIEF_S
+                share.blocked_until = now + min(relief_s, 1.0)
+                share.blocked_wait_s = now + wait_s if wait_s else 0.0
+                share.blocked_amount = ask.amounts[unit]
+        return ("refused" if said[0] == 0 else "pending"), failing
+
+    def unanswered(self, message: Message) -> None:
+        """No answer came: nobody knows whether it was read. What it added must not be lost."""
+        for share, flat in zip(message.shares, message.charged, strict=True):
+            for second, amount in zip(flat[::2], flat[1::2], strict=True):
+                if amount > 0:
+                    share.correct(second, amount)
+            share.dirty = True
+        for ask in message.asks:
+            ask.put_back()
+
+    def _tell_all(self, now: float) -> None:
+        """The store has forgotten everything: says again what was taken here."""
+        for share in self.shares.values():
+            share.pool = 0
+            share.blocked_until = 0.0
+            share.dirty = True
+            if share.is_rate:
+                share.log(now)
+                share.corrections = {}
+                for second, amount in share.window:
+                    share.correct(min(0, second - int(now)), amount)
+
+    # Without the store
+
+    def lost(self) -> None:
+        """The store does not answer: from now on requests go by this process's part of each limit."""
+        if self.away:
+            return
+        self.away = True
+        for share in self.shares.values():
+            if not share.is_rate:
+                rest = max(0, share.free) // self.sharers + share.pool
+                share.outage_base = share.used + share.spent, rest
+            share.pool = 0
+            share.blocked_until = 0.0
+
+    @property
+    def sharers(self) -> int:
+        return max(self.routers, self.expected_routers, 1)
+
+    def part_of(self, limit: int) -> int:
+        """This process's part of a limit: never nothing of something."""
+        return max(1, limit // self.sharers) if limit else 0
+
+    def take_part(self, wants: Wants, amounts: Amounts, now: float) -> Failing | None:
+        """Takes from this process's part of each limit; None when it could."""
+        for share, unit in wants:
+            amount = amounts[unit]
+            part = self.part_of(share.limit.limit)
+            if share.is_rate:
+                share.log(now)
+                if share.window_total + amount > part:
+                    return Failing(share, amount, self._room_s(share, amount, part, now))
+            elif share.limit.role == "concurrent":
+                if share.used + amount > part:
+                    return Failing(share, amount, None)
+            else:
+                base, rest = share.outage_base or (0, self.part_of(share.free))
+                if share.used + share.spent - base + amount > rest:
+                    return Failing(share, amount, None)
+        for share, unit in wants:
+            share.used += amounts[unit]
+            if share.is_rate:
+                share.correct(0, amounts[unit])
+                share.log(now)
+            share.dirty = True
+        return None
+
+    def _room_s(self, share: Share, amount: int, part: int, now: float) -> float | None:
+        total = share.window_total
+        for second, taken in share.window:
+            total -= taken
+            if total + amount <= part:
+                return max(0.001, second + WINDOW_S + 1 - now)
+        return None

@@ -1,0 +1,522 @@
+"""Admits requests under limits and budgets that all routers share, mostly without asking anybody.
+
+What a request needs is taken from what this process has leased; where that does not suffice, one question to
+Redis serves all that wait. Redis away or silent: each process goes by its part of every limit, never more.
+Not here: the arithmetic of leases (core.leases), which limits there are (core.limits), or waiting
+for a replica (queue).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import msgspec
+from redis.asyncio import Redis
+from redis.exceptions import NoScriptError, RedisError
+
+from router.core.auth import Principal
+from router.core.errors import Refusal
+from router.core.leases import (
+    Amounts,
+    Ask,
+    Book,
+    Failing,
+    Message,
+    Share,
+    Verdict,
+    Wants,
+    blocked,
+    take,
+)
+from router.core.limits import (
+    NANO,
+    limited,
+    limits_of,
+    month_end,
+    month_of,
+    over_limit,
+    price_nano_usd,
+)
+from router.core.snapshot import Snapshot
+from schemas.wire import redis_keys
+from schemas.wire.routing import Function, Price
+
+_log: Final = logging.getLogger(__name__)
+_SCRIPT: Final = (Path(__file__).parent / "shared_limits.lua").read_bytes()
+_SHA1: Final = hashlib.sha1(_SCRIPT).hexdigest()  # noqa: S324 - how Redis names scripts
+_TICK_S: Final = 0.25
+_FLIGHT_S: Final = 1.0
+"""After which a connection that does not answer is given up; nobody waits so long."""
+_ASK_AGAIN_S: Final = 0.003
+_MOST_ASKS: Final = 64
+_MAX_WAIT_S: Final = 5.0
+_RESET: Final = b"1m1s"
+"""When a window is whole again if nothing more is sent: this request leaves it last."""
+
+
+class _Shown:
+    """A rate as its headers show it."""
+
+    __slots__ = ("head", "role", "share")
+
+    def __init__(self, share: Share) -> None:
+        self.share = share
+        self.role = share.limit.role.encode()
+        self.head = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: " % (
+            self.role,
+            share.limit.limit,
+            self.role,
+        )
+
+
+class Plan:
+    """What requests of one key for one function stand under."""
+
+    __slots__ = (
+        "budgets",
+        "ending",
+        "price",
+        "priced",
+        "requests",
+        "soft_percent",
+        "tokens",
+        "wants",
+    )
+
+    def __init__(self, wants: Wants, price: Price, soft_percent: float) -> None:
+        self.wants = wants
+        self.price = price
+        self.soft_percent = soft_percent
+        self.ending = tuple(want for want in wants if want[0].limit.role != "requests")
+        self.budgets = [s for s, _ in wants if s.limit.role in ("budget_usd", "budget_tokens")]
+        self.priced = any(share.limit.role == "budget_usd" for share in self.budgets)
+        # A function's are everybody's: what is left of them is nobody's business.
+        own = [_Shown(s) for s, _ in wants if s.is_rate and s.limit.level != "function"]
+        self.requests = [shown for shown in own if shown.share.limit.role == "requests"]
+        self.tokens = [shown for shown in own if shown.share.limit.role == "tokens"]
+
+
+class Admission:
+    """A request that was let in. Settle or release it whichever way it ends; the first time counts."""
+
+    __slots__ = ("_admitted_at", "_amounts", "_done", "_limiter", "_plan")
+
+    def __init__(self, limiter: Limiter, plan: Plan, amounts: Amounts, admitted_at: float) -> None:
+        self._limiter = limiter
+        self._plan = plan
+        self._amounts = amounts
+        self._admitted_at = admitted_at
+        self._done = not plan.ending
+
+    def settle(self, input_tokens: int, output_tokens: int, cost_usd: float | None = None) -> None:
+        """It has ended and used so much; the cost at the function's price where none is given."""
+        if self._done:
+            return
+        self._done = True
+        book, plan, amounts = self._limiter.book, self._plan, self._amounts
+        tokens = input_tokens + output_tokens
+        for share, unit in plan.ending:
+            role = share.limit.role
+            if role == "tokens":
+                book.settle_tokens(share, amounts[1], tokens, self._admitted_at)
+            elif role == "concurrent":
+                book.release(share, 1)
+            elif role == "budget_tokens":
+                book.release(share, amounts[unit], tokens)
+            elif cost_usd is None:
+                cost = price_nano_usd(plan.price, input_tokens, output_tokens)
+                book.release(share, amounts[unit], cost)
+            else:
+                book.release(share, amounts[unit], round(cost_usd * NANO))
+            if share.tight:
+                self._limiter.tell_now()
+
+    def release(self) -> None:
+        """It has ended without using anything. That it came still counts as a request."""
+        self.settle(0, 0, 0.0)
+
+    def headers(self) -> bytes:
+        """`x-ratelimit-*` of the narrowest of tenant and key, and a budget's warning; lines with ends."""
+        plan = self._plan
+        lines = b""
+        for rates in (plan.requests, plan.tokens):
+            if rates:
+                left, shown = self._limiter.remaining(rates[0].share), rates[0]
+                for other in rates[1:]:
+                    of_other = self._limiter.remaining(other.share)
+                    if of_other < left:
+                        left, shown = of_other, other
+                lines += b"%b%d\r\nx-ratelimit-reset-%b: %b\r\n" % (
+                    shown.head,
+                    left,
+                    shown.role,
+                    _RESET,
+                )
+        for share in plan.budgets:
+            percent = 100 * share.spent_by_all / share.limit.limit if share.limit.limit else 100.0
+            if percent >= plan.soft_percent:
+                return lines + b"x-detoserve-budget: %d%%\r\n" % min(100, percent)
+        return lines
+
+
+_NO_PLAN: Final = Plan((), Price(), 100.0)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiter:
+    ask: Ask
+    since: float
+    answer: asyncio.Future[Failing | None] = field(repr=False)
+    """None: let in."""
+    failing: list[Failing] = field(default_factory=list)
+    """Why it was not let in yet, though it may be."""
+
+
+class Limiter:
+    """Owned by one event loop. `redis` None: this process stands alone.
+
+    Args:
+        redis: a client of its own, without a timeout of its own.
+        name: of this router, for people; every process is told apart besides.
+        expected_routers: processes that share the limits, until Redis has said how many there are.
+        wait_s: how long a request may wait for Redis.
+    """
+
+    def __init__(
+        self,
+        redis: Redis | None,
+        *,
+        name: str,
+        expected_routers: int = 1,
+        wait_s: float = 0.05,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._now = self._loop.time
+        self._wall = wall
+        self._redis = redis
+        self._wait_s = wait_s
+        self.enabled = False
+        """Whether anything is limited at all."""
+        self.book = Book(
+            me=f"{name}-{secrets.token_hex(6)}",
+            epoch_key=redis_keys.LIMIT_EPOCH,
+            routers_key=redis_keys.LIMIT_ROUTERS,
+            expected_routers=expected_routers,
+            away=redis is None,
+        )
+        self.round_trips = 0
+        """Questions asked of Redis."""
+        self._plans: dict[tuple[str, str, str], Plan] = {}
+        self._month = month_of(wall())
+        self._unlimited = Admission(self, _NO_PLAN, (0, 0, 0), 0.0)
+        self._lost = False
+        self._flying: list[_Waiter] = []
+        self._waiting: list[_Waiter] = []
+        self._later: list[_Waiter] = []
+        self._flight: asyncio.Task[None] | None = None
+        self._again = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._wanted = asyncio.Event()
+
+    # What requests call
+
+    def installed(self, snapshot: Snapshot) -> None:
+        """Goes by this table from now on."""
+        table = snapshot.table
+        self._plans.clear()
+        self.enabled = limited(table)
+        if self.enabled or self.book.shares:
+            keep = {
+                limit.key
+                for tenant in table.tenants
+                for key in tenant.keys
+                for limit in limits_of(tenant, key, Function(name="", served_name=""), self._month)
+            } | {
+                f"{redis_keys.LIMIT}function:{function.name}:{unit}"
+                for function in table.functions
+                for unit in ("requests", "tokens", "concurrent")
+            }
+            # What was spent this month is this process's to remember, also for a budget taken away.
+            keep |= {key for key in self.book.shares if f":{self._month}:" in key}
+            self.book.forget(keep)
+        if self.enabled:
+            self._wanted.set()
+
+    def admit_now(
+        self, principal: Principal, function: Function, input_tokens: int, output_tokens: int
+    ) -> Admission | Refusal | None:
+        """The answer, where it can be had without waiting; None: `admit` can tell.
+
+        Tokens as estimated: of the prompt, and at most of the answer.
+        """
+        if not self.enabled:
+            return self._unlimited
+        plan = self._plan(principal, function)
+        if not plan.wants:
+            return self._unlimited
+        now = self._now()
+        amounts = self._amounts(plan, input_tokens, output_tokens)
+        if take(plan.wants, amounts, now):
+            return Admission(self, plan, amounts, now)
+        failing = blocked(plan.wants, amounts, now)
+        if failing is None:
+            if not self.book.away:
+                return None
+            failing = self.book.take_part(plan.wants, amounts, now)
+            if failing is None:
+                return Admission(self, plan, amounts, now)
+        return self._refusal(failing, function)
+
+    async def admit(
+        self, principal: Principal, function: Function, input_tokens: int, output_tokens: int
+    ) -> Admission | Refusal:
+        """The answer, after at most `wait_s` of waiting for Redis."""
+        answer = self.admit_now(principal, function, input_tokens, output_tokens)
+        if answer is not None:
+            return answer
+        plan, now = self._plan(principal, function), self._now()
+        amounts = self._amounts(plan, input_tokens, output_tokens)
+        waiter = _Waiter(Ask(plan.wants, amounts, now), now, self._loop.create_future())
+        self._waiting.append(waiter)
+        if self._alarm is None:
+            self._alarm = self._loop.call_later(self._wait_s, self._overdue)
+        self._fly()
+        try:
+            failing = await waiter.answer
+        except asyncio.CancelledError:
+            # Let in just as its client left: nobody else will give it back.
+            if waiter.answer.done() and not waiter.answer.cancelled():
+                if waiter.answer.result() is None:
+                    Admission(self, plan, amounts, now).release()
+            else:
+                waiter.answer.cancel()
+            raise
+        if failing is not None:
+            return self._refusal(failing, function)
+        return Admission(self, plan, amounts, now)
+
+    def remaining(self, share: Share) -> int:
+        """What is left of a rate, as far as this process knows."""
+        if self.book.away:
+            return max(0, self.book.part_of(share.limit.limit) - share.window_total)
+        return max(0, share.free + share.pool)
+
+    def _plan(self, principal: Principal, function: Function) -> Plan:
+        tenant, key = principal
+        name = (tenant.name, key.id, function.name)
+        plan = self._plans.get(name)
+        if plan is None:
+            wants = tuple(
+                (self.book.share(limit), limit.unit)
+                for limit in limits_of(tenant, key, function, self._month)
+            )
+            plan = self._plans[name] = Plan(wants, function.price, tenant.budget.soft_percent)
+        return plan
+
+    def _amounts(self, plan: Plan, input_tokens: int, output_tokens: int) -> Amounts:
+        price = price_nano_usd(plan.price, input_tokens, output_tokens) if plan.priced else 0
+        return 1, input_tokens + output_tokens, price
+
+    def _refusal(self, failing: Failing, function: Function) -> Refusal:
+        now = self._wall()
+        return over_limit(failing, function.name, month_end(now) - now, self.book.away)
+
+    # The conversation with Redis
+
+    def tell_now(self) -> None:
+        """What has changed may let others in: says it with the next message, at once."""
+        self._fly()
+
+    def _fly(self) -> None:
+        if self._redis is None:
+            return
+        if self._flight is None:
+            self._flight = self._loop.create_task(self._converse(self._redis))
+        else:
+            self._again = True
+
+    async def _converse(self, redis: Redis) -> None:
+        """One message after another, until there is nothing to say."""
+        try:
+            # What ends in this pass of the loop goes along.
+            await asyncio.sleep(0)
+            while True:
+                self._again = False
+                flying = [w for w in self._waiting[:_MOST_ASKS] if not w.answer.done()]
+                for waiter in self._waiting[:_MOST_ASKS]:
+                    if waiter.answer.done():
+                        waiter.ask.put_back()
+                del self._waiting[:_MOST_ASKS]
+                if not await self._exchange(redis, flying) or not (self._waiting or self._again):
+                    return
+        finally:
+            self._flight = None
+
+    async def _exchange(self, redis: Redis, flying: list[_Waiter]) -> bool:
+        message = self.book.message([w.ask for w in flying], self._now())
+        self._flying = flying
+        self.round_trips += 1
+        try:
+            async with asyncio.timeout(_FLIGHT_S):
+                data = await self._call(redis, message)
+            verdicts = self.book.answered(message, data, self._now())
+        except (RedisError, OSError, TimeoutError, msgspec.DecodeError) as error:
+            self.book.unanswered(message)
+            self._lose(f"{type(error).__name__}: {error}")
+            for waiter in (*flying, *self._waiting, *self._later):
+                self._alone(waiter)
+            return False
+        finally:
+            self._flying = []
+        if self._lost:
+            self._lost = False
+            _log.info("limits are shared again")
+        for waiter, (verdict, failing) in zip(flying, verdicts, strict=True):
+            self._tell(waiter, verdict, failing)
+        return True
+
+    async def _call(self, redis: Redis, message: Message) -> bytes:
+        arguments = (len(message.keys), *message.keys, redis_keys.LIMIT_RECALL, message.body)
+        try:
+            data = await redis.execute_command("EVALSHA", _SHA1, *arguments)  # type: ignore[no-untyped-call]
+        except NoScriptError:
+            data = await redis.execute_command("EVAL", _SCRIPT, *arguments)  # type: ignore[no-untyped-call]
+        if not isinstance(data, bytes):
+            raise msgspec.DecodeError("no answer of the script")
+        return data
+
+    def _tell(self, waiter: _Waiter, verdict: Verdict, failing: list[Failing]) -> None:
+        gone = waiter.answer.done()
+        if verdict == "granted":
+            if gone:
+                ask = waiter.ask
+                plan = Plan(ask.wants, Price(), 100.0)
+                Admission(self, plan, ask.amounts, waiter.since).release()
+            else:
+                waiter.answer.set_result(None)
+        elif gone:
+            return
+        elif verdict == "refused" or self._now() - waiter.since >= self._wait_s:
+            waiter.answer.set_result(_worst(failing) if failing else None)
+        else:
+            waiter.failing = failing
+            self._later.append(waiter)
+            if len(self._later) == 1:
+                self._loop.call_later(_ASK_AGAIN_S, self._ask_again)
+
+    def _ask_again(self) -> None:
+        later, self._later = self._later, []
+        now = self._now()
+        for waiter in later:
+            if not waiter.answer.done():
+                waiter.ask = Ask(waiter.ask.wants, waiter.ask.amounts, now)
+                self._waiting.append(waiter)
+        if self._waiting:
+            self._fly()
+
+    def _overdue(self) -> None:
+        """Somebody may have waited long enough."""
+        self._alarm = None
+        now = self._now()
+        waiting = [w for w in (*self._flying, *self._waiting, *self._later) if not w.answer.done()]
+        late = [w for w in waiting if now - w.since >= self._wait_s]
+        silent = [w for w in late if not w.failing]
+        if silent:
+            self._lose(f"no answer within {self._wait_s:g} s")
+            late = waiting
+        for waiter in late:
+            self._alone(waiter)
+        left = [w.since for w in waiting if not w.answer.done()]
+        if left:
+            self._alarm = self._loop.call_at(min(left) + self._wait_s, self._overdue)
+
+    def _alone(self, waiter: _Waiter) -> None:
+        """Decides without Redis."""
+        if waiter.answer.done():
+            return
+        if waiter.failing and not self.book.away:
+            waiter.answer.set_result(_worst(waiter.failing))
+            return
+        ask = waiter.ask
+        waiter.answer.set_result(self.book.take_part(ask.wants, ask.amounts, self._now()))
+
+    def _lose(self, why: str) -> None:
+        self.book.lost()
+        if not self._lost:
+            self._lost = True
+            _log.warning("limits: Redis: %s; going by 1/%d of each limit", why, self.book.sharers)
+
+    # In the background
+
+    async def run(self) -> None:
+        """Keeps the shared counters told, until cancelled. Idle while nothing is limited."""
+        await self._wanted.wait()
+        hearing = self._loop.create_task(self._hear()) if self._redis is not None else None
+        try:
+            while True:
+                await asyncio.sleep(_TICK_S)
+                now = self._now()
+                month = month_of(self._wall())
+                if month != self._month:
+                    self._month = month
+                    self._plans.clear()
+                if self.book.away or self.book.due(now) or self.book.is_renewal_due(now):
+                    self._fly()
+        finally:
+            if hearing is not None:
+                hearing.cancel()
+                await asyncio.wait([hearing])
+
+    async def close(self) -> None:
+        """Gives back what is leased, if Redis can be told. Whoever waits is decided for."""
+        for share in self.book.shares.values():
+            share.empty_pool()
+        if self._flight is not None:
+            await asyncio.wait([self._flight])
+        if self._redis is not None and self.book.shares and not self.book.away:
+            self._fly()
+            if self._flight is not None:
+                await asyncio.wait([self._flight])
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for waiter in (*self._waiting, *self._later):
+            self._alone(waiter)
+
+    async def _hear(self) -> None:
+        """Gives back at once what another router needs."""
+        assert self._redis is not None
+        wait_s = 0.1
+        while True:
+            try:
+                async with self._redis.pubsub() as channel:
+                    await channel.subscribe(redis_keys.LIMIT_RECALL)
+                    # Whatever was said while nobody listened.
+                    self._fly()
+                    async for message in channel.listen():
+                        wait_s = 0.1
+                        if message["type"] == "message":
+                            self._heard(message["data"])
+            except (RedisError, OSError, TimeoutError):
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, _MAX_WAIT_S)
+
+    def _heard(self, data: bytes) -> None:
+        if not data or self.book.recall(data.decode()):
+            self._fly()
+
+
+def _worst(failing: list[Failing]) -> Failing:
+    """The one that keeps the request out for longest."""
+    return max(
+        failing,
+        key=lambda f: (f.never, f.share.limit.role.startswith("budget"), f.wait_s or 0.0),
+    )
