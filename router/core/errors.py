@@ -205,6 +205,29 @@ def at_capacity(model: str) -> Refusal:
     )
 
 
+def would_wait_too_long(model: str, retry_after_s: float) -> Refusal:
+    """It would not be sent in time, so that it need not wait to hear it."""
+    return Refusal(
+        503,
+        f"Every replica of `{model}` is full, and too many requests wait.",
+        "server_error",
+        "at_capacity",
+        retry_after_s=retry_after_s,
+        retry=True,
+    )
+
+
+def waited_in_vain(model: str, waited_s: float) -> Refusal:
+    return Refusal(
+        503,
+        f"No replica of `{model}` had room for the request within {waited_s:g} s.",
+        "server_error",
+        "at_capacity",
+        retry_after_s=1,
+        retry=True,
+    )
+
+
 ROUTER_FULL = Refusal(
     503,
     "The router has as many requests as it may carry.",
