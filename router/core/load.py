@@ -244,24 +244,22 @@ class Load:
 
     def _publish(self, slot: int) -> None:
         queue, engine, others = self._queues[slot], self._engines[slot], self._others[slot]
-        self.ready_at[slot], self.floor_s[slot] = _backlog(queue, others)
         self.requests[slot] = queue.requests + others.requests
-        kv_tokens = queue.kv_tokens + others.kv_tokens
-        estimate = kv_tokens / engine.capacity_tokens if engine.capacity_tokens else 0.0
-        self.kv_used[slot] = min(1.0, max(estimate, engine.kv_used))
-
-
-def _backlog(queue: _Queue, others: _Others) -> tuple[float, float]:
-    """(ready_at, floor_s) of one engine's queue."""
-    work_s = queue.work_s + others.work_s
-    if queue.pending:
-        head = next(iter(queue.pending))
-        oldest_at, oldest_work_s = head.sent_at, head.work_s
-        if others.oldest_at < oldest_at:
-            oldest_at, oldest_work_s = others.oldest_at, others.oldest_work_s
-    elif others.work_s:
+        capacity = engine.capacity_tokens
+        estimate = (queue.kv_tokens + others.kv_tokens) / capacity if capacity else 0.0
+        used = max(engine.kv_used, estimate)
+        self.kv_used[slot] = min(1.0, used)
+        work_s = queue.work_s + others.work_s
         oldest_at, oldest_work_s = others.oldest_at, others.oldest_work_s
-    else:
-        return _IDLE, 0.0
-    since = max(oldest_at, queue.departed_at, others.departed_at)
-    return since + work_s, max(0.0, work_s - oldest_work_s)
+        if queue.pending:
+            head = next(iter(queue.pending))
+            if head.sent_at <= oldest_at:
+                oldest_at, oldest_work_s = head.sent_at, head.work_s
+        elif not others.work_s:
+            self.ready_at[slot] = _IDLE
+            self.floor_s[slot] = 0.0
+            return
+        since = max(oldest_at, queue.departed_at, others.departed_at)
+        self.ready_at[slot] = since + work_s
+        behind_s = work_s - oldest_work_s
+        self.floor_s[slot] = max(0.0, behind_s)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Final
 
+import msgspec
 from xxhash import xxh64_intdigest
 
 from router.core.blocks import Prompt
@@ -89,6 +90,10 @@ class Candidates:
             now,
         )
 
+    def requests(self, load: Load) -> tuple[int, ...]:
+        """Requests on each of them."""
+        return self._gather(load.requests)
+
 
 @dataclass(slots=True)
 class States:
@@ -99,8 +104,7 @@ class States:
     trust: Trust = field(default_factory=Trust)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, gc=False):
     """A decision, with enough to explain it."""
 
     position: int
@@ -164,34 +168,37 @@ def choose(
     factors = {at[slot]: f for slot, f in doubted.items() if slot in at} if doubted else _NO_DOUBT
     credited = discounted(held, factors) if factors else held
     mine = candidates.position.get(pinned) if pinned is not None else None
-
-    def chosen(
-        first: int, costs: Sequence[float] = (), signals: Callable[[int], Signals] | None = None
-    ) -> Choice:
-        blocks = next(
-            (depth for depth, (_, here) in zip(depths, held, strict=True) if first in here), 0
-        )
-        tokens = hit_tokens(prompt, blocks) * factors.get(first, 1.0)
-        return Choice(first, candidates.slots[first], blocks, tokens, credited, costs, signals)
-
+    costs: Sequence[float] = ()
+    signals: Callable[[int], Signals] | None = None
     name = policy.name
-    if name == "round-robin":
-        return chosen(turn % len(candidates.slots))
-    fleet = candidates.fleet(states.load, speeds, now)
     if name == "expected-latency":
+        fleet = candidates.fleet(states.load, speeds, now)
         ranking = Ranking(fleet, prompt.tokens, credited, pinned=mine, weights=policy.weights)
-        return chosen(least(ranking.costs_s, chance), ranking.costs_s, ranking.signals)
-    if name == "linear":
-        signals = linear_signals(fleet, prompt.tokens, credited, mine)
-        costs = [-weigh(one, policy.weights) for one in signals]
-        return chosen(least(costs, chance), costs, signals.__getitem__)
-    if name == "session" and mine is not None:
-        return chosen(mine)
-    if name == "session" and session is not None:
-        return chosen(rendezvous(session, candidates.keys))
-    if name == "random-two-choices":
-        return chosen(two_choices(fleet.requests, chance))
-    return chosen(least(fleet.requests, chance), fleet.requests)
+        costs, signals = ranking.costs_s, ranking.signals
+        first = least(costs, chance)
+    elif name == "linear":
+        every = linear_signals(
+            candidates.fleet(states.load, speeds, now), prompt.tokens, credited, mine
+        )
+        costs, signals = [-weigh(one, policy.weights) for one in every], every.__getitem__
+        first = least(costs, chance)
+    elif name == "round-robin":
+        first = turn % len(candidates.slots)
+    elif name == "session" and mine is not None:
+        first = mine
+    elif name == "session" and session is not None:
+        first = rendezvous(session, candidates.keys)
+    elif name == "random-two-choices":
+        first = two_choices(candidates.requests(states.load), chance)
+    else:
+        costs = candidates.requests(states.load)
+        first = least(costs, chance)
+    slot = candidates.slots[first]
+    for i, (tokens, here) in enumerate(held):
+        if first in here:
+            tokens *= factors.get(first, 1.0)
+            return Choice(first, slot, depths[i], tokens, credited, costs, signals)
+    return Choice(first, slot, 0, 0.0, credited, costs, signals)
 
 
 def dispatched(

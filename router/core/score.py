@@ -23,10 +23,10 @@ replicas are candidates (pick), or what is known of them (load, speeds, index).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from math import inf
 from typing import Final, NamedTuple, Protocol
+
+import msgspec
 
 from schemas.wire.routing import Weights
 
@@ -56,8 +56,7 @@ class Signals(NamedTuple):
     latency: float
 
 
-@dataclass(frozen=True, slots=True)
-class Fleet:
+class Fleet(msgspec.Struct, gc=False):
     """The candidates of one request; all sequences are of one length, in one order."""
 
     rtt_s: Sequence[float]
@@ -72,7 +71,7 @@ class Fleet:
     ready_at: Sequence[float]
     """When the queued prefill would be done if nothing came; -inf: idle."""
     floor_s: Sequence[float]
-    """Work behind the prefill that runs: the backlog is never less."""
+    """Work behind the prefill that runs: the backlog is never less. 0 where it is idle."""
     kv_used: Sequence[float]
     """0 to 1."""
     requests: Sequence[int]
@@ -86,18 +85,24 @@ class Fleet:
         """T(h, n) where the factor is 1."""
         return (tokens - cached) * self.p + (tokens * tokens - cached * cached) * self.q
 
+    def backlog_s(self) -> list[float]:
+        """Seconds of prefill that stand before a new request."""
+        now = self.now
+        return [
+            x if (x := at - now) > floor else floor
+            for at, floor in zip(self.ready_at, self.floor_s, strict=True)
+        ]
+
     def rho(self, tokens: float) -> float:
         """How busy they are on average: one with as much queued as this prompt would cost counts whole."""
-        cost_s = self.prefill_s(0.0, tokens)
-        if not cost_s:
-            return 0.0
-        now = self.now
-        queued_s = [
-            (x if (x := at - now) > floor else floor)
-            for at, floor in zip(self.ready_at, self.floor_s, strict=True)
-            if at != -inf
-        ]
-        return sum([min(cost_s, x) for x in queued_s]) / (cost_s * len(self))
+        return busy_share(self.backlog_s(), self.prefill_s(0.0, tokens))
+
+
+def busy_share(backlog_s: Sequence[float], cost_s: float) -> float:
+    """rho, of what is queued and what the prompt would cost."""
+    if not cost_s:
+        return 0.0
+    return sum([min(cost_s, x) for x in backlog_s]) / (cost_s * len(backlog_s))
 
 
 Held = Sequence[tuple[float, Sequence[int]]]
@@ -112,6 +117,21 @@ def price(rho: float) -> float:
 
 class Ranking:
     """The candidates of one request under `expected-latency`."""
+
+    __slots__ = (
+        "_backlog_s",
+        "_cold_s",
+        "_horizon_s",
+        "_prefill_s",
+        "bonus_s",
+        "costs_s",
+        "fleet",
+        "held",
+        "pinned",
+        "price",
+        "tokens",
+        "weights",
+    )
 
     def __init__(
         self,
@@ -129,68 +149,67 @@ class Ranking:
         self.held = held
         self.pinned = pinned
         self.weights = weights
-        self.price = price(fleet.rho(tokens) if rho is None else rho)
+        self._horizon_s = 0.0
+        self._prefill_s: list[float] = []
+        self._backlog_s = fleet.backlog_s()
+        self._cold_s = fleet.prefill_s(0.0, tokens)
+        """T(0, n) where the factor is 1."""
+        self.price = price(busy_share(self._backlog_s, self._cold_s) if rho is None else rho)
         self.costs_s = self._costs()
-        """Without the session's bonus."""
-        self.bonus_s = 0.0 if pinned is None else self._bonus(pinned)
+        """The session's bonus taken off."""
+        self.bonus_s = 0.0
         if pinned is not None:
+            self.bonus_s = self._bonus(pinned)
             self.costs_s[pinned] -= self.bonus_s
 
     def _costs(self) -> list[float]:
         """Seconds: weighted rtt + wait + price x prefill. The one loop over all candidates."""
-        fleet, now = self.fleet, self.fleet.now
-        kv, load, rtt = self._multipliers()
-        if kv == load == rtt == 1 and fleet.slow.count(1.0) == len(fleet):
+        fleet, n, cold_s = self.fleet, self.tokens, self._cold_s
+        weights = self.weights
+        if (weights is _DEFAULT or weights == _DEFAULT) and fleet.slow.count(1.0) == len(
+            fleet.slow
+        ):
             # Nearly always, and half the time: the same sum, without factors that are 1.
-            return [
-                r + (x if (x := at - now) > floor else floor) + MU_S * k + c * t
-                for r, c, at, floor, k, t in zip(
-                    fleet.rtt_s,
-                    fleet.factor,
-                    fleet.ready_at,
-                    fleet.floor_s,
-                    fleet.kv_used,
-                    self._prefills(self.price),
-                    strict=True,
+            priced = self.price
+            cold_s *= priced
+            costs = [
+                r + x + MU_S * k + c * cold_s
+                for r, x, k, c in zip(
+                    fleet.rtt_s, self._backlog_s, fleet.kv_used, fleet.factor, strict=True
                 )
             ]
+            factor = fleet.factor
+            for cached, positions in self.held:
+                saved = cold_s - priced * fleet.prefill_s(cached, n)
+                for i in positions:
+                    costs[i] -= factor[i] * saved
+            return costs
+        kv, load, rtt = self._multipliers()
         # Of wait's prefill (slow - 1) T one T is taken from what is priced.
         priced, mu = kv * self.price - load, load * MU_S
         return [
-            rtt * r
-            + load * s * ((x if (x := at - now) > floor else floor) + (t := c * t0))
-            + mu * k
-            + priced * t
-            for r, s, c, at, floor, k, t0 in zip(
+            rtt * r + load * s * (x + (t := c * t0)) + mu * k + priced * t
+            for r, s, c, x, k, t0 in zip(
                 fleet.rtt_s,
                 fleet.slow,
                 fleet.factor,
-                fleet.ready_at,
-                fleet.floor_s,
+                self._backlog_s,
                 fleet.kv_used,
-                self._prefill_s,
+                self._prefills(),
                 strict=True,
             )
         ]
 
-    def _prefills(self, times: float) -> list[float]:
-        """So many times T(h, n) of every candidate, where its factor is 1."""
-        fleet, n = self.fleet, self.tokens
-        prefills = [times * fleet.prefill_s(0.0, n)] * len(fleet)
-        for cached, positions in self.held:
-            each = times * fleet.prefill_s(cached, n)
-            for i in positions:
-                prefills[i] = each
-        return prefills
-
-    @cached_property
-    def _prefill_s(self) -> list[float]:
-        return self._prefills(1.0)
-
-    @cached_property
-    def _cold_s(self) -> float:
-        """T(0, n) of the slowest."""
-        return max(self.fleet.factor) * self.fleet.prefill_s(0.0, self.tokens)
+    def _prefills(self) -> list[float]:
+        """T(h, n) of every candidate, where its factor is 1."""
+        if not self._prefill_s:
+            prefills = [self._cold_s] * len(self.fleet)
+            for cached, positions in self.held:
+                each = self.fleet.prefill_s(cached, self.tokens)
+                for i in positions:
+                    prefills[i] = each
+            self._prefill_s = prefills
+        return self._prefill_s
 
     def _multipliers(self) -> tuple[float, float, float]:
         w = self.weights
@@ -206,27 +225,30 @@ class Ranking:
         gap = self.costs_s[pinned] - min(self.costs_s)
         if not 0 < gap <= PINNED_S * factor:
             return factor * PINNED_S
-        busiest = self.fleet.ready_at.index(max(self.fleet.ready_at))
+        busiest = self._backlog_s.index(max(self._backlog_s))
         if max(self._saved_s(pinned) / _LOAD, self._wait_s(busiest)) >= PINNED_S:
             return factor * PINNED_S
         return factor * min(PINNED_S, self.horizon_s / _LOAD)
 
-    @cached_property
+    @property
     def horizon_s(self) -> float:
         """H; a second where nothing tells the candidates apart."""
-        every = range(len(self.fleet))
-        saved_s = max(map(self._saved_s, every))
-        wait_s = max(map(self._wait_s, every))
-        return max(saved_s, wait_s * _LOAD, max(self.fleet.rtt_s) * _LATENCY) or 1.0
+        if not self._horizon_s:
+            every = range(len(self.fleet))
+            saved_s = max(map(self._saved_s, every))
+            wait_s = max(map(self._wait_s, every))
+            far_s = max(self.fleet.rtt_s)
+            self._horizon_s = max(saved_s, wait_s * _LOAD, far_s * _LATENCY) or 1.0
+        return self._horizon_s
 
     def _saved_s(self, i: int) -> float:
-        return self.price * (self._cold_s - self.fleet.factor[i] * self._prefill_s[i])
+        factor = self.fleet.factor
+        return self.price * (max(factor) * self._cold_s - factor[i] * self._prefills()[i])
 
     def _wait_s(self, i: int) -> float:
         fleet = self.fleet
-        prefill = fleet.factor[i] * self._prefill_s[i]
-        backlog = max(fleet.ready_at[i] - fleet.now, fleet.floor_s[i])
-        return (backlog + prefill) * fleet.slow[i] - prefill + MU_S * fleet.kv_used[i]
+        prefill = fleet.factor[i] * self._prefills()[i]
+        return (self._backlog_s[i] + prefill) * fleet.slow[i] - prefill + MU_S * fleet.kv_used[i]
 
     def signals(self, i: int) -> Signals:
         """What speaks for one candidate. Slower than the choice: it is for people."""
