@@ -7,11 +7,9 @@ which replicas may be candidates (core.pick, core.health), or how other routers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import Final
-
-import msgspec
+from typing import Any, Final
 
 from router.core.api import Endpoint
 from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
@@ -27,7 +25,6 @@ from schemas.wire.routing import Function
 _REFRESH_S: Final = 1.0
 _GROUPS_MAX: Final = 4096
 _CACHED_TASKS: Final = frozenset({"chat", "completions", "responses", "messages"})
-_decode: Final = msgspec.json.Decoder().decode
 
 
 class Sent:
@@ -86,12 +83,15 @@ class Brain:
         self._free: list[int] = []
         self._speeds: dict[str, Speeds] = {}
         self._groups: dict[tuple[str, ...], Candidates] = {}
+        self._whole: dict[int, tuple[Sequence[Candidate], Candidates]] = {}
+        """Of those whom a table itself lists together, by identity: nearly always all are asked."""
         self._refreshed_at = 0.0
 
     def installed(self, snapshot: Snapshot) -> None:
         """Replicas that are new get a slot, those that are gone give theirs back."""
         rtt_s = {cluster.name: cluster.rtt_s or 0.0 for cluster in snapshot.table.clusters}
         self._groups.clear()
+        self._whole.clear()
         for replica in [r for r in self._slots if r not in snapshot.replicas]:
             slot = self._slots.pop(replica)
             del self._names[slot]
@@ -112,22 +112,23 @@ class Brain:
             if name not in self._functions.values():
                 del self._speeds[name]
 
-    def prompt(self, function: Function, endpoint: Endpoint, body: bytes) -> Prompt | None:
+    def prompt(
+        self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
+    ) -> Prompt | None:
         """What routing needs to know of a body; None where the function's policy needs nothing."""
         if function.policy.name not in SCORED:
             return None
-        if endpoint.task not in _CACHED_TASKS or endpoint.multipart:
-            return uncached_prompt(len(body))
+        if endpoint.task not in _CACHED_TASKS or not request:
+            return uncached_prompt(size_bytes)
+        salt = request.get("cache_salt")
+        seed = chain_seed(
+            function.served_name, salt if isinstance(salt, str) else "", key=self._key
+        )
         try:
-            request = _decode(body)
-            salt = request.get("cache_salt")
-            seed = chain_seed(
-                function.served_name, salt if isinstance(salt, str) else "", key=self._key
-            )
             return read_prompt(request, seed)
         except RecursionError:
             # Too deep to render is not too deep for the engine to judge.
-            return uncached_prompt(len(body))
+            return uncached_prompt(size_bytes)
 
     def choose(
         self, pool: Sequence[Candidate], function: Function, prompt: Prompt, chance: Chance
@@ -139,14 +140,22 @@ class Brain:
             self._refreshed_at = now
             for each in self._speeds.values():
                 each.refresh(now)
+        known = self._whole.get(id(pool))
+        group = known[1] if known is not None and known[0] is pool else self._group(pool)
+        choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
+        return pool[choice.position], Sent(self, speeds, choice, prompt)
+
+    def _group(self, pool: Sequence[Candidate]) -> Candidates:
         key = tuple([candidate.id for candidate in pool])
         group = self._groups.get(key)
         if group is None:
             if len(self._groups) >= _GROUPS_MAX:
                 self._groups.clear()
+                self._whole.clear()
             group = self._groups[key] = Candidates([self._slots[name] for name in key], key)
-        choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
-        return pool[choice.position], Sent(self, speeds, choice, prompt)
+        if isinstance(pool, tuple):  # kept along with it, so that no other can get its identity
+            self._whole[id(pool)] = pool, group
+        return group
 
     def share(self, router_id: str) -> Sharing:
         """What is done from now on is told to other routers, and theirs is counted: `run` it."""

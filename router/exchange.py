@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from time import perf_counter
 from typing import Any, Final
 
@@ -54,6 +54,9 @@ _ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
 _EVENTS: Final = b"text/event-stream"
 
 
+_UNPARSED: Final[Mapping[str, Any]] = {}
+
+
 class Exchange:
     """A request and its answer. `begin` starts it; the client's connection is told of its end."""
 
@@ -73,6 +76,7 @@ class Exchange:
         "_left",
         "_model",
         "_over",
+        "_parsed",
         "_pool",
         "_principal",
         "_prompt",
@@ -109,6 +113,7 @@ class Exchange:
         """To be asked if the ones before cannot answer."""
         self._candidates: tuple[Candidate, ...] = ()
         self._model: str | None = None
+        self._parsed: Mapping[str, Any] = _UNPARSED
         self._span: tuple[int, int] | None = None
         """Where the model's name stands in a form."""
         self._body = b""
@@ -204,7 +209,7 @@ class Exchange:
                     body, self._headers.content_type.decode("latin-1")
                 )
             else:
-                self._model = read_json(body)
+                self._model, self._parsed = read_json(body)
             function = meant(snapshot, tenant, endpoint, self._model)
         except BodyInvalid as error:
             raise Refused(errors.bad_json(str(error), param=error.param)) from None
@@ -240,7 +245,9 @@ class Exchange:
         """The next of the functions that may answer."""
         function = self._function = self._functions.pop(0)
         body = self._request_body(function)
-        self._prompt = self._proxy.brain.prompt(function, self._endpoint, self._body)
+        self._prompt = self._proxy.brain.prompt(
+            function, self._endpoint, self._parsed, len(self._body)
+        )
         self._sent_body = body
         self._candidates = self._snapshot.candidates(function, self._principal.tenant)
         self._start()
@@ -274,9 +281,11 @@ class Exchange:
         """A replica for one attempt, and how to count it where the policy weighs what it holds."""
         state, function = self._state, self._function
         load = state.in_flight.by_replica
-        ejected = kept_out(self._candidates, state.breakers, self._proxy.loop.time())
-        pool = available(self._candidates, load, without=self._tried, ejected=ejected)
-        arm = by_weight(pool, state.chance) if len(pool) > 1 else pool
+        pool: Sequence[Candidate] = self._candidates
+        if state.breakers or self._tried or function.name in self._snapshot.bounded:
+            ejected = kept_out(pool, state.breakers, self._proxy.loop.time())
+            pool = available(pool, load, without=self._tried, ejected=ejected)
+        arm = by_weight(pool, state.chance) if len(function.arms) > 1 else pool
         if arm and self._prompt is not None:
             return self._proxy.brain.choose(arm, function, self._prompt, state.chance)
         turn = state.function(function.name).turn

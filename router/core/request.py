@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import msgspec
 
@@ -54,18 +55,43 @@ def _check_utf8(body: bytes) -> None:
             raise
 
 
-_decode: Final = msgspec.json.Decoder(_Shared).decode
+_decode: Final = msgspec.json.Decoder().decode
+_decode_shared: Final = msgspec.json.Decoder(_Shared).decode
+_NOTHING: Final[dict[str, Any]] = {}
 
 
-def read_json(body: bytes) -> str | None:
-    """The model that a JSON body names, if any. The one parse: other fields are skipped, not built.
+def read_json(body: bytes) -> tuple[str | None, Mapping[str, Any]]:
+    """The model that a JSON body names, if any, and the whole of it as parsed: the one parse.
+
+    A body nested so deeply that it cannot be built is an engine's to judge: its rest is empty here.
+
+    Raises:
+        BodyInvalid: with the byte or the field that is wrong.
+    """
+    try:
+        request = _decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        shared = _read_shared(body)
+        if not isinstance(error, RecursionError):
+            raise BodyInvalid(str(error)) from None
+        return shared.model, _NOTHING
+    if type(request) is dict:
+        model, choices = request.get("model"), request.get("n")
+        if type(model) is str and choices is None and "best_of" not in request:
+            return model, request
+    shared = _read_shared(body)
+    return shared.model, request
+
+
+def _read_shared(body: bytes) -> _Shared:
+    """What every body shares, checked. Other fields are skipped, not built.
 
     Raises:
         BodyInvalid: with the byte or the field that is wrong.
     """
     try:
         _check_utf8(body)
-        shared = _decode(body)
+        shared = _decode_shared(body)
     except msgspec.ValidationError as error:
         detail = str(error)
         name = re.search(r"\$\.(\w+)", detail)
@@ -80,7 +106,7 @@ def read_json(body: bytes) -> str | None:
     for field, choices in (("n", shared.n), ("best_of", shared.best_of)):
         if choices is not None and choices > MAX_CHOICES:
             raise BodyInvalid(f"`{field}` may be {MAX_CHOICES} at most", field)
-    return shared.model
+    return shared
 
 
 def _model_span(body: bytes) -> tuple[int, int]:

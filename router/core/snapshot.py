@@ -148,6 +148,8 @@ class Snapshot:
     keys_by_sha256: dict[bytes, KeyEntry]
     replicas: dict[str, Candidate]
     """Every replica by id, draining ones too."""
+    bounded: frozenset[str]
+    """Functions of which some replica takes only so many requests."""
     unusable: tuple[str, ...]
     """What is wrong with replicas that were left out, for people."""
     _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
@@ -268,6 +270,7 @@ def snapshot(table: RoutingTable) -> Snapshot:
         keys_by_id={key_id: tuple(entries) for key_id, entries in by_id.items()},
         keys_by_sha256=by_sha256,
         replicas=replicas,
+        bounded=frozenset(c.function for c in replicas.values() if c.max_concurrent),
         unusable=tuple(unusable),
         _arms=arms,
         _residency={cluster.name: cluster.residency for cluster in table.clusters},

@@ -32,7 +32,7 @@ def test_only_the_value_of_model_changes(rest, name, new, ascii_only, indent):
     rest = {k: v for k, v in rest.items() if k not in ("n", "best_of")}
     before = {**rest, "model": name}
     body = json.dumps(before, ensure_ascii=ascii_only, indent=indent).encode()
-    assert read_json(body) == name
+    assert read_json(body) == (name, before)
     after = with_model(body, new)
     assert json.loads(after) == {**before, "model": new}
     assert list(json.loads(after)) == list(before)
