@@ -63,18 +63,16 @@ _NOTHING: Final[dict[str, Any]] = {}
 def read_json(body: bytes) -> tuple[str | None, Mapping[str, Any]]:
     """The model that a JSON body names, if any, and the whole of it as parsed: the one parse.
 
-    A body nested so deeply that it cannot be built is an engine's to judge: its rest is empty here.
+    What is sound but cannot be built (too deep, a number beyond all) is an engine's to judge: of such a
+    body nothing is known here but the model.
 
     Raises:
         BodyInvalid: with the byte or the field that is wrong.
     """
     try:
         request = _decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        shared = _read_shared(body)
-        if not isinstance(error, RecursionError):
-            raise BodyInvalid(str(error)) from None
-        return shared.model, _NOTHING
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return _read_shared(body).model, _NOTHING
     if type(request) is dict:
         model, choices = request.get("model"), request.get("n")
         if type(model) is str and choices is None and "best_of" not in request:

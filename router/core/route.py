@@ -196,8 +196,8 @@ def choose(
     slot = candidates.slots[first]
     for i, (tokens, here) in enumerate(held):
         if first in here:
-            tokens *= factors.get(first, 1.0)
-            return Choice(first, slot, depths[i], tokens, credited, costs, signals)
+            hit = tokens * factors.get(first, 1.0)
+            return Choice(first, slot, depths[i], hit, credited, costs, signals)
     return Choice(first, slot, 0, 0.0, credited, costs, signals)
 
 
