@@ -1,13 +1,13 @@
 -- Takes from shared counters, for one router process, in one step: all of what a request needs, or nothing.
 --
--- KEYS     1 epoch, 2 routers, then the counters, then the ledgers' totals.
+-- KEYS     1 epoch, 2 routers, then the counters, then hashes of months to date.
 -- ARGV[1]  the channel on which leases are recalled
 -- ARGV[2]  msgpack of [router, hold_ms, member_ms, epoch if there is none, counters, asks,
 --          now_ms or 0, epoch the router knows or ''].
 --          counter: [kind, limit, want, left, left_ms, a, spent, ledger, tenant, part]
 --            rate (0): a = [second, amount, ...] to be added; a second of 0 or less counts from now.
 --            held (1): a = what requests of this router hold; spent = what it has spent in all;
---                      ledger = index into KEYS or 0, tenant and part = where the total stands there.
+--                      ledger = index into KEYS or 0, tenant and part = whose and which sum counts there.
 --            left, left_ms: of an earlier lease, not used yet, and for how long it still may be.
 --          ask: [counter, amount, counter, amount, ...], counters by their position from 1.
 -- Returns  msgpack of [now_ms, epoch, routers, [[extra, life_ms, free, spent], ...], [[status, counter, wait_ms, ...], ...]].
@@ -88,8 +88,11 @@ local function load(key, c)
     if c[8] > 0 then
       local text = redis.call('HGET', KEYS[c[8]], c[9])
       if text then
-        local usd, tokens = pair(text)
-        s.spent = math.max(s.spent, c[10] == 1 and usd or tokens)
+        local read, month = pcall(cmsgpack.unpack, text)
+        if read and type(month) == 'table' then
+          local tokens = (month.input_tokens or 0) + (month.output_tokens or 0)
+          s.spent = math.max(s.spent, c[10] == 1 and (month.cost_nano_usd or 0) or tokens)
+        end
       end
     end
   end

@@ -49,7 +49,7 @@ class Limit(NamedTuple):
     """Which of a request's Amounts it counts."""
     tenant: str = ""
     ledger: str = ""
-    """For budgets: the hash of the ledger's totals."""
+    """For budgets: the hash of the months to date."""
 
 
 class Share:

@@ -60,7 +60,7 @@ def limits_of(
 ) -> tuple[Limit, ...]:
     """Every ceiling a request stands under, the narrowest last asked first."""
     budget, name = tenant.budget, tenant.name
-    ledger = redis_keys.budget_ledger(month)
+    ledger = redis_keys.usage_month(month)
     out = [
         *_of(key.limits, "key", f"{name}/{key.id}"),
         *_of(tenant.limits, "tenant", name),

