@@ -35,6 +35,8 @@ class Intervals(StrictModel):
     """Between full passes when nothing changed, to correct drift."""
     status_debounce: Duration = 1.0
     """Changes of status within this time make one commit."""
+    ledger: PositiveDuration = 60.0
+    """Between commits of the usage ledger, while there is usage."""
 
 
 class Status(StrictModel):

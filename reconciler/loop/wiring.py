@@ -25,6 +25,7 @@ from reconciler.core.status import World
 from reconciler.errors import Fenced, Stalled, Transient
 from reconciler.loop.config_reader import GitConfig
 from reconciler.loop.leadership import LeaseLeadership
+from reconciler.loop.ledger_task import LedgerTask
 from reconciler.loop.reconciler import Reconciler
 from reconciler.loop.state import StateFile
 from reconciler.loop.status_task import StatusTask
@@ -34,6 +35,7 @@ from reconciler.publish.redis_edge import connect
 from reconciler.publish.routers import RouterWatch
 from reconciler.publish.routes import RoutesPublisher
 from reconciler.publish.status_branch import StatusBranch
+from reconciler.publish.usage_source import UsageSource
 from reconciler.sources.git_source import GitSource
 from reconciler.sources.watch import poll, watch_refs
 from reconciler.sources.webhook import serve_webhook
@@ -140,6 +142,14 @@ class Assembly:
                 on_fenced=leadership.step_up,
             )
 
+            ledger = LedgerTask(
+                status_branch,
+                UsageSource(redis),
+                leadership,
+                self._key,
+                interval_s=lambda: loop.platform().intervals.ledger,
+            )
+
             def on_world(world: World) -> None:
                 writer.offer(world)
                 self._on_world(world)
@@ -181,7 +191,7 @@ class Assembly:
                 log.info("webhook at %s", url)
             await _live(
                 loop,
-                writer,
+                (writer.run, ledger.run),
                 leadership,
                 (
                     routers.run(),
@@ -213,22 +223,22 @@ def _generation(leadership: LeaseLeadership) -> int | None:
 
 async def _live(
     loop: Reconciler,
-    writer: StatusTask,
+    writers: Iterable[Callable[[asyncio.Event], Coroutine[Any, Any, None]]],
     leadership: LeaseLeadership,
     background: Iterable[Coroutine[Any, Any, None]],
     stop: asyncio.Event,
 ) -> None:
-    """Everything at once until `stop`; then the last status is written, then the lease let go."""
+    """Everything at once until `stop`; then the last is written to Git, then the lease let go."""
     last_pass, last_write = asyncio.Event(), asyncio.Event()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(work) for work in background]
-        writing = group.create_task(writer.run(last_pass))
+        writing = {group.create_task(write(last_pass)) for write in writers}
         leading = group.create_task(leadership.run(last_write))
         try:
             await loop.run(stop)
         finally:
             last_pass.set()
-            await asyncio.wait({writing})
+            await asyncio.wait(writing)
             last_write.set()
             await asyncio.wait({leading})
             for task in tasks:

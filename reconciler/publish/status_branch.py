@@ -1,9 +1,9 @@
-"""Status documents on an orphan branch of the config repo.
+"""Status documents, and the usage ledger beside them, on an orphan branch of the config repo.
 
 Each commit is a child of the branch's tip as last seen, and pushed only if that still is the tip: a
 compare-and-swap, never a merge and never forced history. Whoever else commits there loses nothing.
 
-Not here: what the documents say (core.status), or the config itself (sources).
+Not here: what the documents say (core.status, core.ledger), or the config itself (sources).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -21,10 +21,13 @@ from reconciler.git_command import GitFailed, protocol_of, redact, run_git
 from reconciler.publish.lease import Held
 from reconciler.publish.status_commit import (
     Blob,
+    Delta,
+    additions,
     blob_sha,
     delta,
     fast_import,
     is_managed,
+    lease_message,
     message,
     parse_tree,
 )
@@ -155,13 +158,85 @@ class StatusBranch:
                 self._tip_known = False
                 raise self._translated(error, "writing status") from None
 
+    async def paths(self, prefix: str) -> list[str]:
+        """Every file on the branch whose path begins so, fetched now.
+
+        Raises:
+            Transient, Stalled: as `read`.
+        """
+        async with self._lock:
+            try:
+                await self._fetch()
+            except GitFailed as error:
+                raise self._translated(error, "reading the branch") from None
+            return sorted(path for path in self._tree if path.startswith(prefix))
+
+    async def read_paths(self, paths: Collection[str]) -> dict[str, bytes]:
+        """These files of the branch as it was last fetched or written; missing ones are left out.
+
+        Raises:
+            Transient, Stalled: as `read`.
+        """
+        async with self._lock:
+            there = {path: self._tree[path].sha for path in paths if path in self._tree}
+            try:
+                blobs = await self._blobs(sorted(set(there.values())))
+            except GitFailed as error:
+                raise self._translated(error, "reading the branch") from None
+        return {path: blobs[sha] for path, sha in there.items()}
+
+    async def put(self, documents: Mapping[str, bytes], *, subject: str, lease: Held) -> str | None:
+        """Writes these files and leaves all others as they are. Not for status documents.
+
+        Returns:
+            The commit made; None where the branch says all that already.
+
+        Raises:
+            Fenced, Transient, Stalled: as `write`.
+        """
+        async with self._lock:
+            try:
+                if not self._tip_known:
+                    await self._fetch()
+                shas = {path: blob_sha(data, self._algorithm) for path, data in documents.items()}
+                return await self._commit(
+                    lambda tree: additions(tree, documents, shas),
+                    lambda _, generation: lease_message(subject, generation),
+                    shas,
+                    lease,
+                )
+            except GitFailed as error:
+                self._tip_known = False
+                raise self._translated(error, "writing the ledger") from None
+
     async def _write(
         self, documents: Mapping[str, bytes], revision: str, plan_digest: str, lease: Held
     ) -> str | None:
-        lease.require()
         if not self._tip_known:
+            lease.require()
             await self._fetch()
         shas = self._named(documents)
+
+        def text(change: Delta, lease_generation: int) -> str:
+            return message(
+                change,
+                source_branch=self._source_branch,
+                revision=revision,
+                plan_digest=plan_digest,
+                lease_generation=lease_generation,
+            )
+
+        return await self._commit(lambda tree: delta(tree, documents, shas), text, shas, lease)
+
+    async def _commit(
+        self,
+        change_of: Callable[[Mapping[str, Blob]], Delta],
+        text_of: Callable[[Delta, int], str],
+        shas: Mapping[str, str],
+        lease: Held,
+    ) -> str | None:
+        """The change to the branch's tree as it is, made again where others were faster."""
+        lease.require()
         refusal: str | None = None
         for attempt in range(self._attempts):
             holding = lease.require()
@@ -170,22 +245,16 @@ class StatusBranch:
                     f"branch {self._branch}: a reconciler with lease generation "
                     f"{self.newest_lease} came after ours, {holding.generation}; nothing was written"
                 )
-            change = delta(self._tree, documents, shas)
+            change = change_of(self._tree)
             if change.empty:
                 return None
-            text = message(
-                change,
-                source_branch=self._source_branch,
-                revision=revision,
-                plan_digest=plan_digest,
-                lease_generation=holding.generation,
-            )
+            text = text_of(change, holding.generation)
             tree = await self._make_tree(fast_import(change, parent=self._tip, ref=_SCRATCH_REF))
             commit = await self._make_commit(tree, text)
             lease.require()
             refusal = await self._push(commit)
             if refusal is None:
-                self._took(commit, documents, shas)
+                self._took(commit, change, shas)
                 self.newest_lease = max(self.newest_lease, holding.generation)
                 await self._maintain()
                 return commit
@@ -199,9 +268,10 @@ class StatusBranch:
             f"last: {refusal}"
         )
 
-    def _took(self, commit: str, documents: Mapping[str, bytes], shas: Mapping[str, str]) -> None:
-        foreign = {path: blob for path, blob in self._tree.items() if not is_managed(path)}
-        self._tree = {**foreign, **{path: Blob("100644", shas[path]) for path in documents}}
+    def _took(self, commit: str, change: Delta, shas: Mapping[str, str]) -> None:
+        for path in change.deleted:
+            del self._tree[path]
+        self._tree |= {path: Blob("100644", shas[path]) for path, _ in change.written}
         self._tip = commit
 
     def _named(self, documents: Mapping[str, bytes]) -> dict[str, str]:

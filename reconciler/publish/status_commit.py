@@ -84,6 +84,29 @@ def delta(
     return Delta(tuple(written), tuple(deleted))
 
 
+def additions(
+    tree: Mapping[str, Blob], documents: Mapping[str, bytes], shas: Mapping[str, str]
+) -> Delta:
+    """From a tree to the same with `documents`, whose blobs are `shas`; nothing else changes.
+
+    Raises:
+        ValueError: for the path of a status document.
+    """
+    if wrong := next((path for path in documents if is_managed(path)), None):
+        raise ValueError(f"{wrong!r} is a status document's path")
+    written = [
+        (path, documents[path])
+        for path in sorted(documents)
+        if tree.get(path) != Blob(_FILE_MODE, shas[path])
+    ]
+    return Delta(tuple(written), ())
+
+
+def lease_message(subject: str, lease_generation: int) -> str:
+    """A commit message that says under which lease it was made."""
+    return f"{subject[:_SUBJECT_MAX]}\n\nDetoserve-Lease: {lease_generation}\n"
+
+
 def message(
     change: Delta, *, source_branch: str, revision: str, plan_digest: str, lease_generation: int
 ) -> str:
