@@ -123,6 +123,9 @@ class SkyApiServer:
         self.latency_s = 0.0
         self.held = asyncio.Event()
         self.held.set()
+        self.hung = asyncio.Event()
+        """Cleared: connections are taken, and nothing is answered."""
+        self.hung.set()
         self.services: dict[str, FakeService] = {}
         self.requests: dict[str, FakeRequest] = {}
         self.posts: list[tuple[str, dict[str, Any]]] = []
@@ -141,6 +144,16 @@ class SkyApiServer:
 
     def count(self, path: str) -> int:
         return sum(p == path for p, _ in self.posts)
+
+    def last(self, path: str) -> dict[str, Any]:
+        """The newest body posted there."""
+        return next(body for p, body in reversed(self.posts) if p == path)
+
+    def forget(self) -> None:
+        """As a server whose database is gone: no request is known any more, and none will be run."""
+        for task in self._tasks:
+            task.cancel()
+        self.requests.clear()
 
     def step(self) -> None:
         """Every replica one state further; then what the controllers do about it."""
@@ -242,13 +255,16 @@ class SkyApiServer:
                 for replica in self.services[name].replicas:
                     replica.status = "SHUTTING_DOWN"
 
+    def _optimize(self, body: dict[str, Any], user: str) -> None:
+        assert YAML(typ="safe").load(body["dag"])["resources"]
+
     def _status(self, body: dict[str, Any], user: str) -> Any:
         return self.rows(body["service_names"])
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
-        self._gate(request)
         body = await request.json()
         self.posts.append((request.path, body))
+        await self._gate(request)
         if request.path == "/api/cancel":
             return web.json_response(None, headers={"X-Skypilot-Request-ID": str(uuid.uuid4())})
         verb = request.path.rpartition("/")[2]
@@ -258,16 +274,22 @@ class SkyApiServer:
         task = asyncio.create_task(self._run(made, verb, copy.deepcopy(body)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if self.swallow_answers and verb != "status":
+        if self.swallow_answers and verb not in ("status", "optimize"):
             _hang_up(request)
         return web.json_response(None, headers={"X-Skypilot-Request-ID": made.id})
 
     async def _run(self, request: FakeRequest, verb: str, body: dict[str, Any]) -> None:
-        if verb != "status":
+        if verb not in ("status", "optimize"):
             await asyncio.sleep(self.latency_s)
             await self.held.wait()
         refused = self.refuse.get(verb) or self.refuse.get(body.get("service_name", ""))
-        act = {"up": self._up, "update": self._update, "down": self._down, "status": self._status}
+        act = {
+            "optimize": self._optimize,
+            "up": self._up,
+            "update": self._update,
+            "down": self._down,
+            "status": self._status,
+        }
         try:
             if refused is None:
                 request.value = act[verb](body, request.user)
@@ -278,7 +300,7 @@ class SkyApiServer:
         request.done.set()
 
     async def _get(self, request: web.Request) -> web.StreamResponse:
-        self._gate(request)
+        await self._gate(request)
         found = self.requests.get(request.query["request_id"])
         if found is None:
             return web.json_response({"detail": "not found"}, status=404)
@@ -296,18 +318,19 @@ class SkyApiServer:
         return web.json_response({"detail": {**payload, "error": error}}, status=500)
 
     async def _active(self, request: web.Request) -> web.StreamResponse:
-        self._gate(request)
+        await self._gate(request)
         active = [r for r in self.requests.values() if not r.done.is_set()]
         return web.json_response(
             [{"request_id": r.id, "name": r.name, "user_id": r.user} for r in active]
         )
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        self._gate(request)
+        await self._gate(request)
         return web.json_response({"status": "healthy", "api_version": self.api_version})
 
-    def _gate(self, request: web.Request) -> None:
+    async def _gate(self, request: web.Request) -> None:
         self.headers.append(dict(request.headers))
+        await self.hung.wait()
         if self.down:
             _hang_up(request)
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
@@ -316,7 +339,14 @@ class SkyApiServer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[SkyApiServer]:
         app = web.Application(client_max_size=1024**3)
-        for path in ("/serve/up", "/serve/update", "/serve/down", "/serve/status", "/api/cancel"):
+        for path in (
+            "/serve/up",
+            "/serve/update",
+            "/serve/down",
+            "/serve/status",
+            "/api/cancel",
+            "/optimize",
+        ):
             app.router.add_post(path, self._post)
         app.router.add_get("/api/get", self._get)
         app.router.add_get("/api/status", self._active)

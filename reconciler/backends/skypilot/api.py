@@ -190,6 +190,21 @@ class SkyPilotApi:
                 f"{self._settings.result_timeout_s:g} s"
             ) from None
 
+    async def check(self, task: str) -> None:
+        """Has SkyPilot's optimizer say whether a task can run anywhere, before anything is started.
+
+        Raises:
+            Refusal: it cannot, or is no task.
+            BackendUnreachable: nothing is known.
+        """
+        request_id = await self.submit("/optimize", {"dag": task, "request_options": None})
+        try:
+            await self.result(request_id, self._settings.result_timeout_s)
+        except (RequestUnknown, TimeoutError):
+            raise BackendUnreachable(
+                f"{self.endpoint} did not say whether a task can run"
+            ) from None
+
     async def pending(self) -> list[Pending]:
         """Our own requests that are not finished.
 
@@ -294,9 +309,19 @@ def _refusal(data: bytes) -> Refusal:
 
 
 def _words(status: int, data: bytes) -> str:
+    """What the server says of an error, without what it was sent: that may hold secrets."""
     try:
-        detail = json.loads(data).get("detail")
-    except (ValueError, AttributeError):
-        detail = None
-    text = detail if isinstance(detail, str) else data.decode(errors="replace")
+        body = json.loads(data)
+    except ValueError:
+        text = data.decode(errors="replace")
+    else:
+        detail = body.get("detail") if isinstance(body, dict) else None
+        if isinstance(detail, list):
+            # FastAPI's list of what is wrong repeats the whole input in each entry.
+            told = [d for d in detail if isinstance(d, dict)]
+            text = "; ".join(f"{d.get('msg')} at {d.get('loc')}" for d in told)
+        elif isinstance(detail, dict):
+            text = str(detail.get("message", "no reason given"))
+        else:
+            text = str(detail or "no reason given")
     return f"HTTP {status}: {' '.join(text.split())[:300]}"

@@ -17,7 +17,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -62,7 +62,7 @@ from reconciler.errors import (
 log = logging.getLogger("detoserve.skypilot")
 
 _AT_REST: Final = frozenset({Phase.READY, Phase.FAILED})
-POSTS_AT_ONCE: Final = 8
+CALLS_AT_ONCE: Final = 8
 # A request whose sending was cut off may reach the server late; it is given up for lost after this.
 LOST_AFTER_ROUNDS: Final = 2
 _ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
@@ -71,9 +71,11 @@ _FOR_A_HUMAN: Final = frozenset(
     {
         "InvalidRequest",
         "InvalidSkyPilotConfigError",
+        "NoCloudAccessError",
         "NoWorkspaceAccessError",
         "NotSupportedError",
         "PermissionDeniedError",
+        "ResourcesUnavailableError",
         "UserRequestRejectedByPolicy",
         "ValueError",
     }
@@ -303,6 +305,7 @@ class SkyPilotBackend:
         pending = await self.api.pending()
         running = {request.request_id for request in pending}
         busy = {request.name.removeprefix("sky.") for request in pending}
+        done: list[tuple[str, Flight, str]] = []
         for name, flight in flights.items():
             if flight.request_id is None:
                 unseen = f"serve.{flight.verb}" not in busy
@@ -310,7 +313,8 @@ class SkyPilotBackend:
                 if self._lost[name] >= LOST_AFTER_ROUNDS:
                     await self._landed(name)
             elif flight.request_id not in running:
-                await self._take_result(name, flight, flight.request_id)
+                done.append((name, flight, flight.request_id))
+        await _some_at_once(self._take_result(*item) for item in done)
         return pending
 
     async def _take_result(self, name: str, flight: Flight, request_id: str) -> None:
@@ -380,50 +384,52 @@ class SkyPilotBackend:
                     told.trouble = "an earlier request to create a service is still under way"
                 case _:
                     due.append((name, told, step))
-        limit = asyncio.Semaphore(POSTS_AT_ONCE)
-
-        async def one(name: str, told: _Told, step: steps.Step) -> None:
-            async with limit:
-                await self._send(name, told, step)
-
-        await asyncio.gather(*(one(*item) for item in due))
+        await _some_at_once(self._send(*item) for item in due)
 
     async def _send(self, name: str, told: _Told, step: steps.Step) -> None:
         """Writes down that a request is sent, sends it, and writes down its id."""
-        goal, body = told.goal, {}
-        note = self._notes.get(name, Note())
+        goal = told.goal
         verb: Verb = "down"
-        digest, wanted = "", 0
         try:
             if isinstance(goal, Workload):
-                body, digest, wanted = self._body(goal), goal.spec_digest, goal.replicas
-                note = msgspec.structs.replace(
-                    note,
-                    template=template_data(goal.template),
-                    template_digest=digest,
-                    drain_timeout_s=goal.rollout.drain_timeout,
-                )
-                verb = "up"
-                if isinstance(step, steps.Update):
-                    verb, body = "update", {**body, "mode": step.mode}
+                verb = "up" if isinstance(step, steps.Up) else "update"
+                body = self._body(goal)
+                await self.api.check(_yaml(service_task(goal, self._owner) | {"secrets": {}}))
             else:
                 body = {"service_names": [name], "purge": False}
-            flight = Flight(verb, goal.deployment, digest, wanted)
+            if isinstance(step, steps.Update):
+                body["mode"] = step.mode
+        except Refusal as error:
+            return self._failed(name, told, verb, error)
+        except (BackendUnreachable, Stalled) as error:
+            told.trouble, told.stalled = str(error), isinstance(error, Stalled)
+            told.again_at = self._clock() + self._pace.retry_s
+            return None
+        return await self._fly(name, told, verb, body)
+
+    async def _fly(self, name: str, told: _Told, verb: Verb, body: dict[str, Any]) -> None:
+        goal, note = told.goal, self._notes.get(name, Note())
+        flight = Flight(verb, goal.deployment, "", 0)
+        if isinstance(goal, Workload):
+            flight = Flight(verb, goal.deployment, goal.spec_digest, goal.replicas)
+            note = msgspec.structs.replace(
+                note,
+                template=template_data(goal.template),
+                template_digest=goal.spec_digest,
+                drain_timeout_s=goal.rollout.drain_timeout,
+            )
+        try:
             await self._write(name, msgspec.structs.replace(note, flight=flight), sync=True)
-            log.info("%s: asking SkyPilot to %s", name, verb)
+            log.info("%s: asking SkyPilot: %s", name, verb)
             request_id = await self.api.submit(_PATHS[verb], body)
             flight = msgspec.structs.replace(flight, request_id=request_id)
             await self._write(name, msgspec.structs.replace(note, flight=flight), sync=True)
         except BackendUnreachable as error:
             # Whether it was taken on is not known; the next rounds find out.
             told.trouble = str(error)
-            self._kick.set()
         except Refusal as error:
             self._failed(name, told, verb, error)
             await self._landed(name)
-        except Stalled as error:
-            told.trouble, told.stalled = str(error), True
-            told.again_at = self._clock() + self._pace.retry_s
         except OSError as error:
             told.trouble = f"{self._dir.path} takes nothing: {error.strerror}"
             told.again_at = self._clock() + self._pace.retry_s
@@ -436,8 +442,7 @@ class SkyPilotBackend:
         values = self._secrets(workload)
         if values:
             task["secrets"] = values
-        # JSON is YAML.
-        body = {"service_name": workload.name, "task": msgspec.json.encode(task).decode()}
+        body = {"service_name": workload.name, "task": _yaml(task)}
         if namespace := workload.template.scheduling.namespace:
             config = {"kubernetes": {"namespace": namespace}}
             return {**body, "override_skypilot_config": config}
@@ -568,6 +573,21 @@ class SkyPilotBackend:
         if self._seen != self._said:
             self._said = self._seen
             self._notify()
+
+
+def _yaml(task: Mapping[str, Any]) -> str:
+    """JSON is YAML."""
+    return msgspec.json.encode(task).decode()
+
+
+async def _some_at_once(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    limit = asyncio.Semaphore(CALLS_AT_ONCE)
+
+    async def one(item: Coroutine[Any, Any, None]) -> None:
+        async with limit:
+            await item
+
+    await asyncio.gather(*map(one, work))
 
 
 def _plain(text: str) -> str:
