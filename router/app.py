@@ -23,11 +23,14 @@ from redis.backoff import NoBackoff
 
 from router.access_log import AccessLog
 from router.admin import Admin
+from router.agent_listener import AgentListener, read_keys
 from router.brain import Brain
 from router.channels import Channel
 from router.channels.redis_channel import RedisChannel
 from router.channels.socket_channel import SocketChannel
 from router.downstream.connection import ClientServer
+from router.engine_metrics import EngineMetrics
+from router.engine_watch import EngineWatch, ReportReader
 from router.fleet_secret import derived, fleet_secret
 from router.heartbeat import Heartbeat
 from router.metrics import Metrics
@@ -42,6 +45,7 @@ from router.static_table import StaticTable
 from router.table import RedisTable
 from router.trace_settings import start_tracing
 from schemas.wire.envelope import public_key_from_hex
+from schemas.wire.routing import RoutingTable
 
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
@@ -76,6 +80,8 @@ class Router:
         self.metrics = Metrics(self.state, tenants=settings.tenant_metrics)
         self.url = ""
         self.admin_url = ""
+        self.agent_url = ""
+        self._redis: Redis | None = None
         self._stack = AsyncExitStack()
         self._heartbeat: Heartbeat | None = None
         self._access_log: AccessLog | None = None
@@ -124,7 +130,9 @@ class Router:
         secret = derived(fleet_secret(settings, _public_key_text(settings)), "prompt blocks")
         self.brain = Brain(settings.index_blocks, secret)
         self.state.on_install.append(self.brain.installed)
-        self._follow_table()
+        reports = ReportReader(self.brain.heard)
+        self.metrics.registry.register(EngineMetrics(self.brain, reports))
+        self._follow_table(reports)
         self._share()
         tracing = start_tracing(settings, os.environ, version=_version())
         if tracing is not None:
@@ -155,6 +163,7 @@ class Router:
             settings.admin_port,
         )
         self._stack.callback(admin.close)
+        await self._hear_agents(reports)
         self.url = _url(self._server)
         self.admin_url = _url(admin)
         self._tasks.append(loop.create_task(self._sweep()))
@@ -162,7 +171,7 @@ class Router:
             probes = Probes(self.state, interval_s=settings.probe_interval_s)
             self._tasks.append(loop.create_task(probes.run()))
 
-    def _follow_table(self) -> None:
+    def _follow_table(self, reports: ReportReader) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
         if settings.routes is not None:
             static = StaticTable(
@@ -186,6 +195,7 @@ class Router:
         except ValueError as error:
             raise SettingsInvalid(f"redis_url: {error}") from None
         self._stack.push_async_callback(redis.aclose)
+        self._redis = redis
         self._channels.append(RedisChannel(redis))
         table = RedisTable(
             self.state,
@@ -206,6 +216,27 @@ class Router:
             _log.info("started from the table kept on disk")
         self._tasks.append(loop.create_task(table.run()))
         self._tasks.append(loop.create_task(self._heartbeat.run()))
+        watch = EngineWatch(redis, reports, self.brain.slots.keys)
+        self._tasks.append(loop.create_task(watch.run()))
+
+    async def _hear_agents(self, reports: ReportReader) -> None:
+        """Listens for agents that have no Redis, if it is wanted."""
+        settings = self.settings
+        if settings.agent_port is None or settings.agent_keys_file is None:
+            return
+
+        def table() -> RoutingTable | None:
+            return self.state.snapshot.table if self.state.snapshot else None
+
+        listener = AgentListener(read_keys(settings.agent_keys_file), table, reports, self._redis)
+        server = await asyncio.get_running_loop().create_server(
+            web.Server(listener, access_log=None),
+            settings.agent_host,
+            settings.agent_port,
+            reuse_port=settings.listen_fd is not None,  # one of several workers
+        )
+        self._stack.callback(server.close)
+        self.agent_url = _url(server)
 
     def _share(self) -> None:
         """Tells other routers of load and caches, and hears theirs, by every way there is to them."""

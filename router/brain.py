@@ -8,11 +8,12 @@ which replicas may be candidates (core.pick, core.health), or how other routers 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, Final
 
 from router.core.api import Endpoint
 from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
+from router.core.engine_reports import EngineReports
 from router.core.index import PrefixIndex
 from router.core.load import Ticket
 from router.core.pick import SCORED, Chance
@@ -20,6 +21,7 @@ from router.core.route import Candidates, Choice, States, choose, dispatched
 from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
 from router.sharing import Sharing
+from schemas.wire.events import EngineReport
 from schemas.wire.routing import Function
 
 _REFRESH_S: Final = 1.0
@@ -74,6 +76,7 @@ class Brain:
     def __init__(self, index_blocks: int, key: bytes = b"") -> None:
         """`key`: of the hashes that blocks are known by; routers that share have the same."""
         self.states = States(PrefixIndex(index_blocks))
+        self.reports = EngineReports(self.states.index, self.states.load)
         self.now = perf_counter
         self.sharing: Sharing | None = None
         self._key = key
@@ -96,6 +99,8 @@ class Brain:
             slot = self._slots.pop(replica)
             del self._names[slot]
             self.states.index.remove(slot)
+            self.states.trust.remove(slot)
+            self.reports.remove(slot)
             self._speeds[self._functions.pop(replica)].remove(slot)
             self._free.append(slot)
         for replica, candidate in snapshot.replicas.items():
@@ -106,6 +111,7 @@ class Brain:
                 self._functions[replica] = candidate.function
                 self.states.index.add(slot)
                 self.states.load.add(slot)
+                self.reports.add(slot, time())
                 speeds = self._speeds.setdefault(candidate.function, Speeds())
                 speeds.add(slot, self.now(), rtt_s.get(candidate.cluster, 0.0))
         for name in self._speeds.keys() - snapshot.functions.keys():
@@ -140,6 +146,7 @@ class Brain:
             self._refreshed_at = now
             for each in self._speeds.values():
                 each.refresh(now)
+            self.reports.expire(now)
         known = self._whole.get(id(pool))
         group = known[1] if known is not None and known[0] is pool else self._group(pool)
         choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
@@ -171,6 +178,18 @@ class Brain:
 
     def _learn(self, slot: int, cached: float, tokens: float, prefill_s: float) -> None:
         self._speeds[self._functions[self._names[slot]]].learn(slot, cached, tokens, prefill_s)
+
+    @property
+    def slots(self) -> Mapping[str, int]:
+        """Replica id -> slot."""
+        return self._slots
+
+    def heard(self, report: EngineReport) -> str:
+        """An engine's word about itself; says why it does not count, or nothing."""
+        slot = self._slots.get(report.replica)
+        if slot is None:
+            return "no such replica"
+        return self.reports.apply(slot, report, now=self.now(), now_unix_s=time())
 
     def connected(self, candidate: Candidate, seconds: float) -> None:
         """Opening a connection took one round trip."""

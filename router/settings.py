@@ -66,6 +66,12 @@ class Settings(BaseModel):
     """Address of /metrics and /status, which need no key: keep it private."""
     admin_port: Port = 8001
     """Port of /metrics and /status; 0 takes a free one and prints it."""
+    agent_host: str = "127.0.0.1"
+    """Address that agents without Redis post reports to; put TLS in front of it."""
+    agent_port: Port | None = None
+    """Port for them; 0 takes a free one. Unset: reports come by Redis alone."""
+    agent_keys_file: Path | None = None
+    """Keys that such agents sign with, one a line. One counts only while a Cluster in Git names its SHA-256."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes behind the port; about one a core. SIGHUP replaces them one by one."""
     listen_fd: int | None = None
@@ -148,6 +154,12 @@ class Settings(BaseModel):
         ):
             raise ValueError(
                 "tables from Redis must be signed: give routes_public_key, as `detoserve up` prints it"
+            )
+        if (self.agent_port is None) != (self.agent_keys_file is None):
+            raise ValueError("give agent_port and agent_keys_file together, or neither")
+        if self.workers > 1 and self.agent_port == 0:
+            raise ValueError(
+                "several workers need one agent_port that all of them share: give its number"
             )
         if self.workers > 1 and self.listen_fd is not None:
             raise ValueError("an inherited socket is for one worker: leave workers at 1")

@@ -1,12 +1,14 @@
 """An agent's words to routers over HTTPS, for clusters from which nothing but outbound is allowed.
 
 Each POST is signed with the cluster's key (schemas.wire.agent_signature). The answer names the
-cluster's replicas, so that such an agent needs no routing table: it is a finder too.
+cluster's replicas, so that such an agent needs no routing table: it is a finder too. Reports alone
+go this way; names of blocks are for readers of Redis.
 """
 
 from __future__ import annotations
 
 import asyncio
+import io
 import secrets
 import time
 from collections.abc import Sequence
@@ -41,15 +43,10 @@ class ToRouters:
         self,
         heartbeat: AgentHeartbeat,
         parcel: Parcel,
-        snapshots: Sequence[tuple[str, KvBatch]] = (),
+        snapshots: Sequence[tuple[str, KvBatch]] = (),  # noqa: ARG002 - a Sink's
     ) -> None:
         """Raises: SendFailed: no router took it."""
-        post = AgentPost(
-            heartbeat=heartbeat,
-            reports=parcel.reports,
-            batches=parcel.batches,
-            snapshots=tuple(snapshots),
-        )
+        post = AgentPost(heartbeat=heartbeat, reports=parcel.reports)
         body = msgspec.msgpack.encode(post)
         results = await asyncio.gather(*(self._post(url, body) for url in self._urls))
         answers = [one for one in results if isinstance(one, AgentAnswer)]
@@ -73,7 +70,7 @@ class ToRouters:
         try:
             async with self._session.post(
                 url + agent_signature.PATH,
-                data=body,
+                data=io.BytesIO(body),
                 headers=headers,
                 timeout=_TIMEOUT,
                 allow_redirects=False,

@@ -32,7 +32,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "weight",
         "keys[].limits",
     ),
-    "Cluster": ("kai.parentQueue", "agentKeySha256"),
+    "Cluster": ("kai.parentQueue",),
     "Deployment": (
         "shadow",
         "rollout.steps",

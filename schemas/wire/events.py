@@ -87,9 +87,6 @@ class AgentPost(Event, frozen=True, kw_only=True):
 
     heartbeat: AgentHeartbeat
     reports: tuple[EngineReport, ...] = ()
-    batches: tuple[tuple[str, KvBatch], ...] = ()
-    """(replica, batch), in order."""
-    snapshots: tuple[tuple[str, KvBatch], ...] = ()
 
 
 class AgentAnswer(Event, frozen=True, kw_only=True):

@@ -112,7 +112,6 @@ EVENTS = [
     events.AgentPost(
         heartbeat=events.AgentHeartbeat(id="a", at=1.5),
         reports=(events.EngineReport(replica="r", at=1.5),),
-        batches=(("r", events.KvBatch(epoch=1, seq=0, stored=b"\x00" * 8)),),
     ),
     events.AgentAnswer(replicas={"r": "http://r"}, refused={"s": "of another cluster"}),
     events.UsageRecord(
