@@ -33,6 +33,8 @@ from router.engine_metrics import EngineMetrics
 from router.engine_watch import EngineWatch, ReportReader
 from router.fleet_secret import derived, fleet_secret
 from router.heartbeat import Heartbeat
+from router.limit_metrics import LimitMetrics
+from router.limiter import Limiter
 from router.metrics import Metrics
 from router.probes import Probes
 from router.proxy import Proxy
@@ -132,14 +134,19 @@ class Router:
         self.state.on_install.append(self.brain.installed)
         reports = ReportReader(self.brain.heard)
         self.metrics.registry.register(EngineMetrics(self.brain, reports))
+        self._limit()
         self._follow_table(reports)
         self._share()
         tracing = start_tracing(settings, os.environ, version=_version())
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
-        proxy = Proxy(self.state, settings, self._finished, self.brain, tracing)
+        self.proxy = Proxy(
+            self.state, settings, self._finished, self.brain, tracing, limiter=self.limiter
+        )
+        self._stack.callback(self.proxy.queues.close)
+        self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))
         self._clients = ClientServer(
-            Api(proxy),
+            Api(self.proxy),
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.body_timeout_s,
             keepalive_s=settings.keepalive_timeout_s,
@@ -171,6 +178,37 @@ class Router:
             probes = Probes(self.state, interval_s=settings.probe_interval_s)
             self._tasks.append(loop.create_task(probes.run()))
 
+    def _limit(self) -> None:
+        """Counts limits in Redis, with a connection of its own: nothing else may hold it up."""
+        settings = self.settings
+        redis = None
+        if settings.redis_url is not None:
+            redis = self._connect_redis(socket_timeout=None)
+        self.limiter = Limiter(
+            redis,
+            name=settings.router_id,
+            expected_routers=settings.limits_routers,
+            wait_s=settings.limits_wait_s,
+        )
+        self._stack.push_async_callback(self.limiter.close)
+        self.state.on_install.append(self.limiter.installed)
+        self._tasks.append(asyncio.get_running_loop().create_task(self.limiter.run()))
+
+    def _connect_redis(self, *, socket_timeout: float | None) -> Redis:
+        settings = self.settings
+        assert settings.redis_url is not None
+        try:
+            redis = Redis.from_url(
+                settings.redis_url,
+                socket_timeout=socket_timeout,
+                socket_connect_timeout=settings.redis_timeout_s,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            raise SettingsInvalid(f"redis_url: {error}") from None
+        self._stack.push_async_callback(redis.aclose)
+        return redis
+
     def _follow_table(self, reports: ReportReader) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
         if settings.routes is not None:
@@ -185,17 +223,7 @@ class Router:
             key = public_key_from_hex(_public_key_text(settings))
         except ValueError as error:
             raise SettingsInvalid(f"routes_public_key: {error}") from None
-        try:
-            redis = Redis.from_url(
-                settings.redis_url,
-                socket_timeout=settings.redis_timeout_s,
-                socket_connect_timeout=settings.redis_timeout_s,
-                retry=Retry(NoBackoff(), 0),
-            )
-        except ValueError as error:
-            raise SettingsInvalid(f"redis_url: {error}") from None
-        self._stack.push_async_callback(redis.aclose)
-        self._redis = redis
+        redis = self._redis = self._connect_redis(socket_timeout=settings.redis_timeout_s)
         self._channels.append(RedisChannel(redis))
         table = RedisTable(
             self.state,

@@ -24,14 +24,17 @@ from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.health import Breaker, Failure, kept_out
 from router.core.inflate import EncodingInvalid, inflate
-from router.core.pick import available, by_weight, pick
+from router.core.limits import estimated
+from router.core.pick import available, by_weight, full, pick
 from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import attempts, is_retryable
 from router.core.snapshot import Candidate, Snapshot
 from router.downstream.answer import STATUS_LINES, refuse
 from router.downstream.connection import ClientConnection
 from router.downstream.request import Request
+from router.limiter import Admission
 from router.proxy import Proxy, answers, meant
+from router.queue import Place
 from router.relay import Framing, Relay
 from router.upstream.connection import (
     ConnectFailed,
@@ -61,6 +64,7 @@ class Exchange:
     """A request and its answer. `begin` starts it; the client's connection is told of its end."""
 
     __slots__ = (
+        "_admission",
         "_body",
         "_breaker",
         "_candidate",
@@ -77,6 +81,7 @@ class Exchange:
         "_model",
         "_over",
         "_parsed",
+        "_place",
         "_pool",
         "_principal",
         "_prompt",
@@ -109,6 +114,10 @@ class Exchange:
         self._endpoint = endpoint
         self.record = proxy.record(request, endpoint.operation)
         self._over = False
+        self._admission: Admission | None = None
+        """Under limits, where there are any."""
+        self._place: Place | None = None
+        """In the queue of its function, where it had to wait."""
         self._functions: list[Function] = []
         """To be asked if the ones before cannot answer."""
         self._candidates: tuple[Candidate, ...] = ()
@@ -239,7 +248,7 @@ class Exchange:
             raise Refused(errors.nothing_stored(self._request.path[:300]))
         self._function, keeper = keepers[0]
         self._candidates = (keeper,)
-        self._start()
+        self._enter()
 
     def _ask_function(self) -> None:
         """The next of the functions that may answer."""
@@ -250,7 +259,7 @@ class Exchange:
         )
         self._sent_body = body
         self._candidates = self._snapshot.candidates(function, self._principal.tenant)
-        self._start()
+        self._enter()
 
     def _request_body(self, function: Function) -> bytes:
         """As this function's engines are to get it."""
@@ -261,21 +270,87 @@ class Exchange:
             return with_model(body, function.served_name)
         return body[: span[0]] + function.served_name.encode() + body[span[1] :]
 
+    # Whether it may enter, and whether there is room.
+
+    def _estimated(self) -> tuple[int, int]:
+        """Tokens of prompt and answer, until the engine says."""
+        task, bound = self._endpoint.task, self._function.max_model_len
+        return estimated(task, len(self._body), self._parsed, bound)
+
+    def _enter(self) -> None:
+        """Takes what it needs of the limits that it stands under."""
+        limiter, function = self._proxy.limiter, self._function
+        self.record.function = function.name
+        if not limiter.enabled:
+            self._start()
+            return
+        answer = limiter.admit_now(self._principal, function, *self._estimated())
+        if answer is None:
+            self._later(self._enter_later())
+        else:
+            self._entered(answer)
+
+    async def _enter_later(self) -> None:
+        limiter = self._proxy.limiter
+        answer = await limiter.admit(self._principal, self._function, *self._estimated())
+        self._task = None  # what waits from here on is another's
+        self._entered(answer)
+
+    def _entered(self, answer: Admission | Refusal) -> None:
+        if isinstance(answer, Refusal):
+            raise Refused(answer)
+        self._admission = answer
+        self._start()
+
+    def _wait(self) -> None:
+        """Waits for room, where that is what is missing and no other function is to be asked."""
+        function, proxy = self._function, self._proxy
+        candidates, breakers = self._candidates, self._state.breakers
+        if not candidates:
+            raise Refused(errors.no_replica(function.name))
+        ejected = kept_out(candidates, breakers, proxy.loop.time()) if breakers else ()
+        if (
+            self._functions
+            or not function.policy.queue_max_wait_s
+            or not full(candidates, self._state.in_flight.by_replica, ejected)
+        ):
+            raise Refused(errors.at_capacity(function.name))
+        place = proxy.queues.enter(
+            function, self._principal.tenant, sum(self._estimated()), self._try, self._refuse
+        )
+        if isinstance(place, Refusal):
+            raise Refused(place)
+        self._place = place
+
+    def _try(self) -> bool:
+        """Its turn: whether it need not wait any more."""
+        try:
+            chosen = self._choose()
+            if chosen is None:
+                return False
+            self._attempt(*chosen)
+        except Refused as refused:
+            self._refuse(refused.refusal)
+        except Exception as error:  # noqa: BLE001 - the others in the queue must not take the blame
+            self._fail(error)
+        return True
+
     # One attempt after another, until an answer begins or there is nowhere left to send it.
 
     def _start(self) -> None:
         function = self._function
-        self.record.function = function.name
         state = self._state.function(function.name)
         state.turn += 1
         state.budget.request(self._proxy.loop.time())
         self._left = attempts(function.policy)
         self._tried.clear()
-        chosen = self._choose()
+        queues = self._proxy.queues
+        overtakes = queues.waiting and queues.must_wait(function.name)
+        chosen = None if overtakes else self._choose()
         if chosen is None:
-            code = errors.at_capacity if self._candidates else errors.no_replica
-            raise Refused(code(function.name))
-        self._attempt(*chosen)
+            self._wait()
+        else:
+            self._attempt(*chosen)
 
     def _choose(self) -> tuple[Candidate, Sent | None] | None:
         """A replica for one attempt, and how to count it where the policy weighs what it holds."""
@@ -492,9 +567,10 @@ class Exchange:
             record.outcome = "upstream_error" if status >= 500 else "client_error"
             if status in (429, 503) and head.retry_after is None:
                 frame = b"Retry-After: 1\r\n" + frame
-        lines = b"%b%b%b%b\r\nx-request-id: %b\r\n%b%b" % (
+        lines = b"%b%b%b%b%b\r\nx-request-id: %b\r\n%b%b" % (
             STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status,
             head.headers,
+            b"" if self._admission is None else self._admission.headers(),
             self._candidate.route_header,
             record.decision.encode(),
             record.id.encode(),
@@ -529,6 +605,9 @@ class Exchange:
         """Another function answers instead, or the router itself does."""
         self._end_attempt()
         if self._functions and refusal.code in _FALL_BACK_ON:
+            admission, self._admission = self._admission, None
+            if admission is not None:
+                admission.undo()
             try:
                 self._ask_function()
             except Refused as refused:
@@ -546,6 +625,16 @@ class Exchange:
         """A defect of the router's own ends this request and no other."""
         self._end(keep=None)
         self._client.failed(error)
+
+    def _settle(self, admission: Admission) -> None:
+        """Gives back what it did not need."""
+        if not self.record.dispatched:
+            admission.release()
+            return
+        used = self._estimated()
+        admission.settle(*used)
+        if self._place is not None:
+            self._place.needed(sum(used))
 
     def _drop_connection(self) -> None:
         relay, connection = self._relay, self._connection
@@ -572,6 +661,8 @@ class Exchange:
         self._drop_connection()
         self._pool = None
         self._state.in_flight.ended(self._candidate.id)
+        if self._proxy.queues.waiting:
+            self._proxy.queues.freed()
         if self._breaker is not None:
             self._breaker.trying = False
             self._breaker = None
@@ -588,6 +679,10 @@ class Exchange:
         if task is not None and task is not asyncio.current_task(self._proxy.loop):
             task.cancel()
         self._end_attempt()
+        if self._place is not None:
+            self._place.leave()
+        if self._admission is not None:
+            self._settle(self._admission)
         self._state.in_flight.total -= 1
         self._proxy.over(self.record)
         if keep is not None:

@@ -143,6 +143,15 @@ class Admission:
         """It has ended without using anything. That it came still counts as a request."""
         self.settle(0, 0, 0.0)
 
+    def undo(self) -> None:
+        """It was not served here and tries elsewhere: as if it had never come."""
+        if not self._limiter.enabled:
+            return
+        self.release()
+        for share, _ in self._plan.wants:
+            if share.limit.role == "requests":
+                self._limiter.book.settle_tokens(share, 1, 0, self._admitted_at)
+
     def headers(self) -> bytes:
         """`x-ratelimit-*` of the narrowest of tenant and key, and a budget's warning; lines with ends."""
         plan = self._plan
@@ -250,6 +259,11 @@ class Limiter:
             self.book.forget(keep)
         if self.enabled:
             self._wanted.set()
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether limits are counted over all routers now; else each goes by its part."""
+        return not self.book.away
 
     def admit_now(
         self, principal: Principal, function: Function, input_tokens: int, output_tokens: int

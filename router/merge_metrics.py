@@ -18,6 +18,7 @@ _ADDED: Final = frozenset(
     {
         "detoserve_router_in_flight",
         "detoserve_router_requests_in_flight",
+        "detoserve_router_queue_requests",
         "process_resident_memory_bytes",
         "process_virtual_memory_bytes",
         "process_open_fds",

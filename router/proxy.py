@@ -9,12 +9,13 @@ import asyncio
 import time
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from router.brain import Brain
 from router.core import errors
 from router.core.api import Endpoint
 from router.core.auth import Principal, authenticate
+from router.core.auth_failures import AuthFailures
 from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
@@ -22,13 +23,18 @@ from router.core.request import BodyInvalid
 from router.core.snapshot import Snapshot
 from router.deadlines import Deadlines
 from router.downstream.request import Request
+from router.limiter import Limiter
+from router.queue import Queues
 from router.records import RequestRecord
 from router.settings import Settings
 from router.state import RouterState
+from schemas.api_keys import PREFIX
 from schemas.wire.routing import Function, Tenant
 
 if TYPE_CHECKING:
     from router.tracing import Tracing
+
+_OWN_KEYS: Final = PREFIX.encode()
 
 
 def answers(function: Function, endpoint: Endpoint) -> bool:
@@ -67,12 +73,17 @@ class Proxy:
         finished: Callable[[RequestRecord], None],
         brain: Brain,
         tracing: Tracing | None = None,
+        *,
+        limiter: Limiter,
     ) -> None:
         self.state = state
         self.settings = settings
         self.finished = finished
         self.brain = brain
         self.tracing = tracing
+        self.limiter = limiter
+        self.queues = Queues()
+        self.auth_failures = AuthFailures(settings.auth_failures_per_minute)
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines()
 
@@ -103,8 +114,18 @@ class Proxy:
             raise Refused(headers)
         if headers.request_id is not None:
             record.id = headers.request_id.decode("ascii")
-        principal = authenticate(snapshot, headers.token, time.time(), self.state.fresh_at)
+        token, now = headers.token, time.time()
+        if self.auth_failures.known and not (token and token.startswith(_OWN_KEYS)):
+            wait_s = self.auth_failures.wait_s(request.address, now)
+            if wait_s:
+                raise Refused(errors.too_many_failures(wait_s))
+        principal = authenticate(snapshot, token, now, self.state.fresh_at)
         if isinstance(principal, Refusal):
+            if principal is errors.INVALID_API_KEY:
+                wait_s = self.auth_failures.wait_s(request.address, now)
+                self.auth_failures.failed(request.address, now)
+                if wait_s:
+                    principal = errors.too_many_failures(wait_s)
             raise Refused(principal)
         record.tenant = principal.tenant.name
         record.key = principal.key.id

@@ -129,6 +129,13 @@ class Settings(BaseModel):
     drain_delay_s: Annotated[float, Field(ge=0)] = 0.0
     """After SIGTERM: how long new connections are still taken, until load balancers have seen /ready."""
 
+    limits_wait_s: Seconds = 0.05
+    """How long a request may wait for Redis to count limits; most need not ask."""
+    limits_routers: Annotated[int, Field(ge=1)] = 1
+    """Router processes that share the limits, while Redis has not said yet how many there are."""
+    auth_failures_per_minute: Annotated[int, Field(ge=0)] = 60
+    """Wrong keys from one address, beyond which it gets 429. 0: any number."""
+
     access_log: str = "off"
     """One JSON line a request, without prompts: off, stderr, or a file's path."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

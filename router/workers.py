@@ -85,6 +85,7 @@ def environment(settings: Settings, number: int, descriptor: int) -> dict[str, s
     chosen = settings.model_copy(
         update={
             "workers": 1,
+            "limits_routers": max(settings.limits_routers, settings.workers),
             "listen_fd": descriptor,
             "id": f"{settings.router_id}-w{number}",
             "admin_host": "127.0.0.1",

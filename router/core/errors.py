@@ -82,6 +82,17 @@ INVALID_API_KEY = Refusal(
     "invalid_api_key",
 )
 
+
+def too_many_failures(retry_after_s: float) -> Refusal:
+    return Refusal(
+        429,
+        "Too many requests with a wrong API key came from this address.",
+        "invalid_request_error",
+        "too_many_auth_failures",
+        retry_after_s=retry_after_s,
+    )
+
+
 INSUFFICIENT_SCOPE = Refusal(
     403, "This API key may not run models.", "permission_error", "insufficient_scope"
 )

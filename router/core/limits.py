@@ -7,9 +7,9 @@ Of a tenant, of one of its keys, of a function; and the tenant's budget of the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 from router.core.errors import Refusal
 from router.core.leases import Failing, Level, Limit, Share
@@ -19,6 +19,9 @@ NANO: Final = 10**9
 ANSWER_TOKENS: Final = 256
 """What an answer is taken to have where its request sets no bound."""
 _BYTES_A_TOKEN: Final = 4
+_BOUNDS: Final = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_AUDIO: Final = frozenset({"transcription", "translation"})
+_ANSWERLESS: Final = frozenset({"embeddings", "rerank", "score", "tokenize"})
 _NO_LIMITS: Final = routing.Limits()
 _NO_BUDGET: Final = routing.Budget()
 
@@ -77,9 +80,29 @@ def limits_of(
     return tuple(out)
 
 
-def estimated_input(body_bytes: int) -> int:
-    """Tokens of a prompt by the size of its body, until the engine says."""
-    return -(-body_bytes // _BYTES_A_TOKEN)
+def estimated(
+    task: str, body_bytes: int, parsed: Mapping[str, Any], max_model_len: int | None
+) -> tuple[int, int]:
+    """Tokens of a request's prompt and of its answer at most, until the engine says.
+
+    By the size of the body, and by the bound that it sets on the answer. `parsed` is the body, as far
+    as it is known; a form's size says nothing of what is said in its audio.
+    """
+    prompt = 0 if task in _AUDIO else -(-body_bytes // _BYTES_A_TOKEN)
+    if max_model_len is not None:
+        prompt = min(prompt, max_model_len)
+    if task in _ANSWERLESS:
+        return prompt, 0
+    answer = ANSWER_TOKENS
+    for name in _BOUNDS:
+        bound = parsed.get(name)
+        if type(bound) is int and bound >= 0:
+            answer = bound
+            break
+    choices = parsed.get("n")
+    if type(choices) is int and choices > 1:
+        answer *= choices
+    return prompt, answer
 
 
 def price_nano_usd(price: routing.Price, input_tokens: int, output_tokens: int) -> int:

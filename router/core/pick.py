@@ -45,6 +45,17 @@ def available(
     ]
 
 
+def full(
+    candidates: Sequence[Candidate], in_flight: Mapping[str, int], ejected: Collection[str] = ()
+) -> bool:
+    """Whether some of them could take a request, were it not for those they have."""
+    return any(
+        c.max_concurrent and in_flight.get(c.id, 0) >= c.max_concurrent
+        for c in candidates
+        if c.id not in ejected
+    )
+
+
 def by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
     """Replicas of one arm, chosen by weight; all of them where the weights are equal."""
     weights = {c.deployment: c.weight for c in candidates}

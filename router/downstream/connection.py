@@ -230,6 +230,7 @@ class ClientConnection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._request = Request()
+        self._request.transport = self.transport
         self._headers = self._request.headers
         self._head_read = self._looked_at = False
         self._target.clear()
