@@ -34,7 +34,7 @@ class Scale:
     below_since: float | None = None
     below_most: int = 0
     """The most that was asked for since then."""
-    overloaded_at: float = inf
+    overloaded_at: float | None = None
     """Requests/s a replica that missed the target; for metrics that only say enough or not."""
     recovering: bool = False
     """Since the last step up the target has not been met yet: what is missed now says nothing new."""
@@ -125,7 +125,8 @@ def _by_ratio(scaling: Scaling, scale: Scale, load: Load, ready: int) -> int:
         return ceil(n * min(ratio, MOST_AT_ONCE)) if ready >= n else n
     if not busy and not load.requests_per_s:
         return 0
-    if n > 1 and load.requests_per_s / (n - 1) <= (1.0 - TOLERANCE) * scale.overloaded_at:
+    bad = inf if scale.overloaded_at is None else scale.overloaded_at
+    if n > 1 and load.requests_per_s / (n - 1) <= (1.0 - TOLERANCE) * bad:
         return n - 1
     return n
 
@@ -160,7 +161,8 @@ def _moved(scaling: Scaling, scale: Scale, asked: int, load: Load, now: float) -
             return replace(scale, above_since=since, above_least=least, below_since=None)
         overloaded_at = scale.overloaded_at
         if _ratio(scaling, load, n) > 1.0 and not scale.recovering:
-            overloaded_at = min(overloaded_at, load.requests_per_s / n)
+            each = load.requests_per_s / n
+            overloaded_at = each if overloaded_at is None else min(overloaded_at, each)
         reason = f"{n} -> {least}: {_why(scaling, load)}"
         return Scale(least, overloaded_at=overloaded_at, recovering=True, reason=reason)
     if asked < n:

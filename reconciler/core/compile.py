@@ -5,7 +5,6 @@ Not here: what is wrong with the objects (references), what exists (observed), o
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from reconciler.core.workload import (
     Scheduling,
     Template,
     Workload,
+    workload_name,
 )
 from schemas.cluster import (
     Cluster,
@@ -36,19 +36,8 @@ from schemas.function import Function, FunctionSpec, Scaling
 from schemas.platform import Platform, PlatformSpec
 from schemas.tenant import Tenant
 
-MAX_NAME: Final = 63
 SHARED_QUEUE: Final = "shared"
 """KAI queue of what runs for everybody, or for several tenants."""
-
-
-def workload_name(deployment: str, cluster: str) -> str:
-    """Deterministic and unique: the one place a crash between create and record looks for it."""
-    name = f"{deployment}--{cluster}"
-    if len(name) <= MAX_NAME and name.count("--") == 1:
-        return name
-    # Too long, or not to be told apart where one of the names holds a double dash itself.
-    mark = canonical_digest([deployment, cluster])[:12]
-    return f"{re.sub('-+', '-', deployment)[: MAX_NAME - 13].rstrip('-')}-{mark}"
 
 
 def platform_of(objects: Mapping[ObjectKey, ConfigObject]) -> PlatformSpec:
@@ -160,7 +149,6 @@ def compile_workloads(
             scaling=None if spec.suspend else _scaling(function.spec, deployment, cluster),
             placement=Placed(
                 why=choice.reason,
-                spot=spec.placement.constraints.spot,
                 gpu_type=offer.gpu_type,
                 gpus_each=offer.gpus_each,
                 price_each=offer.price_each,

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
 from reconciler.core.action import Action, Change, Create, Delete, Noop, Plan, Update
+from reconciler.core.canary import is_canary
 from reconciler.core.diff import diff
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
 from reconciler.core.workload import Desired, Scheduling, Template, Workload
@@ -175,7 +176,9 @@ def _deletions(
     if not pruned:
         return actions, refusals
 
-    if refusal := _too_many(len(pruned), desired, policy):
+    # The second workload of a roll comes and goes by itself; no commit deletes it.
+    counted = [item for item in pruned if not item.is_canary]
+    if refusal := _too_many(len(counted), desired, policy):
         held = [item.hold("too many deletions at once: not confirmed") for item in pruned]
         return actions + held, [*refusals, refusal]
 
@@ -191,6 +194,8 @@ def _deletions(
             actions.append(item.hold(reason))
         else:
             reason = f"Deployment/{current.deployment} no longer places it here"
+            if item.is_canary and current.deployment in places:
+                reason = "the canary is over"
             actions.append(Delete(current.name, current.deployment, item.backend, reason))
     return actions, refusals
 
@@ -201,6 +206,10 @@ class _Extra:
 
     backend: str
     current: ObservedWorkload
+
+    @property
+    def is_canary(self) -> bool:
+        return is_canary(self.current.name, self.current.deployment)
 
     def hold(self, reason: str) -> Noop:
         return Noop(self.current.name, self.current.deployment, reason, True, self.backend)

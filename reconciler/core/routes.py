@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from reconciler.core.compile import backend_of, platform_of, served_name, workload_name
+from reconciler.core.canary import ARM_SUFFIX, canary_name
+from reconciler.core.compile import backend_of, platform_of, served_name
 from reconciler.core.config import ConfigObject, ObjectKey
 from reconciler.core.observed import Observation, ObservedReplica, ObservedWorkload, Phase, Unknown
-from reconciler.core.workload import Desired, Workload
+from reconciler.core.workload import Desired, Workload, workload_name
 from schemas import cluster, function, tenant
 from schemas.limits import Limits
 from schemas.platform import PlatformSpec
@@ -121,12 +122,12 @@ def _arms(
     for workload in desired.workloads.values():
         replicas: dict[str, list[routing.Replica]] = {workload.function: []}
         if workload.backend in unknown:
-            for name, arm in last.get((workload.deployment, workload.cluster), ()):
+            for name, arm in last.get((workload.routed_as, workload.cluster), ()):
                 replicas.setdefault(name, []).extend(arm.replicas)
         elif workload.backend == "external" and not _is_told(workload, seen.get("external")):
             # Not probed yet, as after a restart: engines of others go on while nobody looks.
             urls = {endpoint.url for endpoint in workload.template.endpoints}
-            for name, arm in last.get((workload.deployment, workload.cluster), ()):
+            for name, arm in last.get((workload.routed_as, workload.cluster), ()):
                 kept = [r for r in arm.replicas if r.url in urls and workload.replicas]
                 replicas.setdefault(name, []).extend(kept)
         elif workload.backend in seen:
@@ -139,6 +140,12 @@ def _arms(
             if name in names:
                 arms.add(name, _arm(workload, tuple(found)))
     return arms
+
+
+def _workload_of(routed_as: str, cluster: str) -> str:
+    """The name of the workload behind an arm."""
+    name = workload_name(routed_as.removesuffix(ARM_SUFFIX), cluster)
+    return canary_name(name) if routed_as.endswith(ARM_SUFFIX) else name
 
 
 def _is_told(workload: Workload, observation: Observation | None) -> bool:
@@ -154,19 +161,20 @@ def _add_staying(
     backends: Mapping[str, str],
 ) -> None:
     """Arms of the table before that nothing wants, but that still run or may do so."""
-    wanted = {(w.deployment, w.cluster): w.backend for w in desired.workloads.values()}
-    by_deployment = {w.deployment: w for w in desired.workloads.values()}
+    wanted = {(w.routed_as, w.cluster): w.backend for w in desired.workloads.values()}
+    by_deployment = {w.deployment: w for w in desired.workloads.values() if not w.arm}
     unknown = {o.backend for o in observed if isinstance(o, Unknown)}
     for f in before.functions if before else ():
         for arm in f.arms:
             place = (arm.deployment, arm.cluster)
-            name = workload_name(*place)
-            new = by_deployment.get(arm.deployment)
+            name = _workload_of(*place)
+            new = by_deployment.get(arm.deployment.removesuffix(ARM_SUFFIX))
             if new is not None:
                 arm = replace(  # noqa: PLW2901 - its newest audience
                     arm,
                     tenants=new.tenants,
-                    weight=new.weight,
+                    # What is no canary any more gets nothing new.
+                    weight=0 if arm.deployment.endswith(ARM_SUFFIX) else new.weight,
                     shadow_percent=new.shadow_percent,
                 )
             if name in staying:
@@ -194,7 +202,7 @@ def _still_running(
 
 def _arm(workload: Workload, replicas: tuple[routing.Replica, ...]) -> routing.Arm:
     return routing.Arm(
-        deployment=workload.deployment,
+        deployment=workload.routed_as,
         cluster=workload.cluster,
         tenants=workload.tenants,
         weight=workload.weight,
@@ -342,7 +350,8 @@ def changed_deployments(
         found: dict[str, list[object]] = {}
         for f in table.functions if table else ():
             for arm in f.arms:
-                found.setdefault(arm.deployment, []).append((f.served_name, f.policy, arm))
+                name = arm.deployment.removesuffix(ARM_SUFFIX)
+                found.setdefault(name, []).append((f.served_name, f.policy, arm))
         return found
 
     old, new = by_deployment(before), by_deployment(after)

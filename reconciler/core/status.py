@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from reconciler.core.action import Create, Noop, Plan, Update
+from reconciler.core.autoscale import bounds
 from reconciler.core.config import ConfigObject, ObjectKey, Problem
 from reconciler.core.last_good import Effective
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
+from reconciler.core.steer import Steering
 from reconciler.core.unacted import not_acted_on_yet
 from reconciler.core.workload import Desired, Workload
 from schemas.base import API_VERSION
@@ -55,6 +57,7 @@ class World:
     """Why the repo could not be read, or what is odd about it, where that is so."""
     routing_problem: str = ""
     """Why routers cannot have what follows from all this, where that is so."""
+    steering: Steering = field(default_factory=Steering)
 
 
 def status_path(key: ObjectKey) -> str:
@@ -152,12 +155,13 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
             _condition("Ready", False, "NoPlacement", reason),
             _condition("Stalled", True, "NoPlacement", reason),
         ], {}
-    # One workload a deployment today; a canary will have two.
-    workload = workloads[0]
+    workload = next(w for w in workloads if not w.arm)
     current = view.of_workload(workload)
     facts: Document = {"workload": workload.name, "cluster": workload.cluster}
     if workload.placement.gpus_each:
         facts["placement"] = _placement(workload)
+    canary = world.steering.canaries.get(workload.name)
+    facts |= _steered(view, workload, [w for w in workloads if w.arm])
     if workload.backend in unknown:
         text = f"backend {workload.backend} cannot be asked: {unknown[workload.backend]}"
         return [
@@ -222,12 +226,51 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
         conditions.append(_condition("Stalled", True, "BackendStalled", current.stalled))
     elif workload.name in held:
         conditions.append(_condition("Stalled", True, "Held", held[workload.name]))
+    elif canary is not None and canary.rejected:
+        where = canary.revert_branch or "none yet"
+        text = f"{canary.why}; the old spec serves; revert branch: {where}"
+        conditions.append(_condition("Stalled", True, "RolledBack", text))
+    elif second := [w for w in workloads if w.arm]:
+        share = f"{_share(workload, second[0])} % of sessions go to {second[0].spec_digest[:8]}"
+        conditions.append(_condition("Reconciling", True, "Canary", share))
     elif reconciling:
         conditions.append(reconciling)
     if sick:
         text = "; ".join(f"{r.id} {r.phase.value}: {r.detail or 'no detail'}" for r in sick[:3])
         conditions.append(_condition("Degraded", True, "ReplicasFailing", text))
     return conditions, facts
+
+
+def _steered(view: _View, workload: Workload, second: Sequence[Workload]) -> Document:
+    """What load and a canary decided, and the last decisions. Says the same until one is made."""
+    steering = view.world.steering
+    found: Document = {}
+    if (scale := steering.scales.get(workload.name)) and workload.scaling:
+        low, high = bounds(workload.scaling)
+        found["scaling"] = {"replicas": scale.replicas, "min": low, "max": high}
+        if scale.reason:
+            found["scaling"]["last"] = scale.reason
+    canary = steering.canaries.get(workload.name)
+    if second and canary is not None:
+        current = view.of_workload(second[0])
+        found["canary"] = {
+            "specDigest": second[0].spec_digest,
+            "step": canary.step + 1,
+            "steps": len(workload.rollout.steps),
+            "weightPercent": _share(workload, second[0]),
+            "replicas": {
+                "wanted": second[0].replicas,
+                "ready": current.count(Phase.READY) if current else 0,
+            },
+        }
+    if events := steering.events.get(workload.deployment):
+        found["events"] = [{"time": e.at, "reason": e.reason, "message": e.message} for e in events]
+    return found
+
+
+def _share(stable: Workload, canary: Workload) -> int:
+    total = stable.weight + canary.weight
+    return round(100 * canary.weight / total) if total else 0
 
 
 def _placement(workload: Workload) -> Document:

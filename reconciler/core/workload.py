@@ -5,13 +5,28 @@ Not here: how a backend runs it, or what it saw (observed).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
+from reconciler.core.digest import canonical_digest
 from schemas.cluster import ExternalEndpoint, Provider
 from schemas.deployment import Rollout
 from schemas.function import Model, Readiness, Resources, Runtime, Scaling
+
+MAX_NAME: Final = 63
+
+
+def workload_name(deployment: str, cluster: str) -> str:
+    """Deterministic and unique: the one place a crash between create and record looks for it."""
+    name = f"{deployment}--{cluster}"
+    if len(name) <= MAX_NAME and name.count("--") == 1:
+        return name
+    # Too long, or not to be told apart where one of the names holds a double dash itself.
+    mark = canonical_digest([deployment, cluster])[:12]
+    return f"{re.sub('-+', '-', deployment)[: MAX_NAME - 13].rstrip('-')}-{mark}"
+
 
 BackendName = Literal["local", "external", "skypilot"]
 
@@ -51,7 +66,6 @@ class Placed:
     """Why a workload is where it is, and what each replica takes there."""
 
     why: str = ""
-    spot: Literal["never", "allowed", "only"] = "never"
     gpu_type: str = ""
     gpus_each: int = 0
     price_each: float | None = None
@@ -80,9 +94,15 @@ class Workload:
     """Empty: shared."""
     weight: int = 100
     shadow_percent: float | None = None
+    arm: str = ""
+    """What routers know it by; its deployment's name where empty."""
     scaling: Scaling | None = None
     """What moves `replicas` by load; None where Git alone says how many."""
     placement: Placed = field(default_factory=Placed)
+
+    @property
+    def routed_as(self) -> str:
+        return self.arm or self.deployment
 
     @property
     def price_per_hour(self) -> float | None:

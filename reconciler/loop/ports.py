@@ -12,6 +12,7 @@ from typing import Protocol
 from reconciler.core.config import Loaded
 from reconciler.core.last_good import Objects
 from reconciler.publish.lease import Held
+from reconciler.publish.revert_branch import Revert
 from schemas.wire.events import RouterHeartbeat
 from schemas.wire.routing import RoutingTable
 
@@ -47,6 +48,19 @@ class Routers(Protocol):
 
     def alive(self) -> Mapping[str, RouterHeartbeat] | None:
         """By router id; None while nobody can tell (the store does not answer)."""
+        ...
+
+
+class Reverts(Protocol):
+    """Where a template that failed its canary is proposed to be taken back."""
+
+    async def propose(self, revert: Revert) -> str:
+        """The branch that was pushed.
+
+        Raises:
+            Stalled: there is nothing to take back, or the remote refuses.
+            Transient: the remote did not answer.
+        """
         ...
 
 

@@ -18,16 +18,21 @@ from reconciler.backends.base import Backend
 from reconciler.core.action import Delete, Effect, Noop, Plan
 from reconciler.core.backoff import delay_s
 from reconciler.core.compile import compile_workloads, places_of, platform_of
+from reconciler.core.config import ObjectKey
 from reconciler.core.last_good import Effective, Objects, effective
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.plan import Pending, PlanPolicy, parse_confirmation, plan
 from reconciler.core.routes import changed_deployments, compile_routes, released
+from reconciler.core.signals import Signals
 from reconciler.core.status import RoutingView, World
+from reconciler.core.steer import Steering, resumed, steer
 from reconciler.core.workload import Desired
 from reconciler.errors import ReconcileError, Stalled, Transient, Waiting
-from reconciler.loop.ports import Config, Leadership, Reading, Routers, Routes
+from reconciler.loop.ports import Config, Leadership, Reading, Reverts, Routers, Routes
 from reconciler.loop.state import State, StateFile
+from reconciler.loop.status_task import rfc3339_now
 from reconciler.publish.lease import Held
+from reconciler.publish.revert_branch import Revert
 from schemas.platform import PlatformSpec
 from schemas.wire.routing import RoutingTable
 
@@ -40,6 +45,9 @@ FETCH_PATIENCE_S = 1.0
 FETCH_AGAIN_BASE_S = 1.0
 FETCH_AGAIN_CAP_S = 60.0
 PUBLISH_AGAIN_S = 1.0
+STEER_EVERY_S = 1.0
+"""Between passes while load or a roll may change what is wanted."""
+REVERT_AGAIN_S = 30.0
 
 
 @dataclass(slots=True)
@@ -61,7 +69,12 @@ class Memory:
     effective: Effective | None = None
     desired: Desired = field(default_factory=Desired)
     compile_due: bool = False
-    places: dict[str, str] = field(default_factory=dict)
+    compiled: Desired = field(default_factory=Desired)
+    """As Git says; `desired` is what came of it with load and rolls."""
+    steering: Steering = field(default_factory=Steering)
+    restless: bool = False
+    """Load or a roll may change what is wanted at any time."""
+    places: Mapping[str, str] = field(default_factory=dict)
     """Deployment -> the cluster it was put in."""
     objects: Objects | None = None
     known: frozenset[str] | None = None
@@ -93,7 +106,10 @@ class Reconciler:
         state_file: StateFile,
         on_world: Callable[[World], None],
         on_source_problem: Callable[[str], None] = lambda _: None,
+        signals: Signals | None = None,
+        reverts: Reverts | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now_text: Callable[[], str] = rfc3339_now,
     ) -> None:
         self._config = config
         self._backends = backends
@@ -103,7 +119,11 @@ class Reconciler:
         self._state_file = state_file
         self._on_world = on_world
         self._on_source_problem = on_source_problem
+        self._signals = signals or Signals()
+        self._reverts = reverts
+        self._reverting: dict[str, asyncio.Task[None]] = {}
         self._clock = clock
+        self._now_text = now_text
         self._wake = asyncio.Event()
         self._fetch_due = True
         self._fetch_failures = 0
@@ -128,6 +148,8 @@ class Reconciler:
         self.memory.objects = state.objects
         self.memory.known = state.known
         self.memory.generation = state.generation
+        self.memory.places = state.places
+        self.memory.steering = state.steering
 
     async def run(self, stop: asyncio.Event) -> None:
         """Passes until `stop` is set. Every failure is logged and tried again; none ends the loop."""
@@ -149,12 +171,15 @@ class Reconciler:
                 waking.cancel()
         finally:
             stopping.cancel()
-            if self._reading is not None:
-                self._reading.cancel()
+            for task in (self._reading, *self._reverting.values()):
+                if task is not None:
+                    task.cancel()
 
     def _pause_s(self) -> float:
         now = self._clock()
         pause = min(self.platform().intervals.resync, self._fetch_again_at - now)
+        if self.memory.restless:
+            pause = min(pause, STEER_EVERY_S)
         if self.memory.routes_due and self._leadership.held is not None:
             pause = min(pause, PUBLISH_AGAIN_S)
         for failure in self.memory.failures.values():
@@ -177,6 +202,7 @@ class Reconciler:
         memory.observed = observed
         if memory.compile_due:
             self._compile(current)
+        self._steer(current)
 
         policy = self._policy(current)
         self._planned_at = self._clock()
@@ -191,6 +217,7 @@ class Reconciler:
             return
         if await self._publish(current, observed, lease):
             await self._apply(made)
+            self._propose_reverts(current)
             await self._release(observed)
             self._remember(observed)
         self._tell(observed)
@@ -261,10 +288,84 @@ class Reconciler:
     def _compile(self, current: Effective) -> None:
         memory = self.memory
         # What runs somewhere stays there; of two places, as while it moves, the newest decision counts.
-        places = places_of(current, memory.observed) | memory.places
-        memory.desired = compile_workloads(current, places=places)
-        memory.places = {w.deployment: w.cluster for w in memory.desired.workloads.values()}
+        places = {**places_of(current, memory.observed), **memory.places}
+        memory.compiled = compile_workloads(current, places=places)
+        memory.places = {w.deployment: w.cluster for w in memory.compiled.workloads.values()}
         memory.compile_due = False
+
+    def _steer(self, current: Effective) -> None:
+        memory, now = self.memory, self._clock()
+        before = memory.desired
+        steered = steer(
+            memory.compiled,
+            memory.observed,
+            memory.steering,
+            self._signals,
+            before=before,
+            revision=current.revision,
+            now=now,
+            now_text=self._now_text(),
+        )
+        for deployment, event in steered.news:
+            log.info("Deployment/%s: %s: %s", deployment, event.reason, event.message)
+        memory.desired, memory.steering = steered.desired, steered.steering
+        memory.restless = steered.restless
+        if memory.desired != before:
+            memory.routes_due = True
+        self._signals.forget(
+            now, {(w.routed_as, w.cluster) for w in memory.desired.workloads.values()}
+        )
+
+    def _propose_reverts(self, current: Effective) -> None:
+        """Templates that failed their canary are proposed to be taken back, beside the passes."""
+        for name, canary in self.memory.steering.canaries.items():
+            workload = self.memory.compiled.workloads.get(name)
+            if (
+                self._reverts is None
+                or workload is None
+                or not canary.rejected
+                or canary.revert_branch
+                or canary.stable is None
+                or not canary.stable.revision
+                or not (self._reverting.get(name) is None or self._reverting[name].done())
+            ):
+                continue
+            keys = (
+                ObjectKey("Function", workload.function),
+                ObjectKey("Deployment", workload.deployment),
+            )
+            paths = sorted({current.objects[k].location.path for k in keys if k in current.objects})
+            revert = Revert(
+                workload.deployment,
+                canary.rejected,
+                canary.stable.revision,
+                tuple(paths),
+                canary.why,
+            )
+            self._reverting[name] = asyncio.create_task(self._revert(name, revert))
+
+    async def _revert(self, name: str, revert: Revert) -> None:
+        assert self._reverts is not None
+        while True:
+            try:
+                branch = await self._reverts.propose(revert)
+            except Transient as error:
+                log.warning("%s", error)
+                await asyncio.sleep(REVERT_AGAIN_S)
+                continue
+            except Stalled as error:
+                log.warning("no revert of %s is proposed: %s", revert.deployment, error)
+                branch = f"none: {error}"
+            break
+        steering = self.memory.steering
+        canary = steering.canaries.get(name)
+        if canary is not None and canary.rejected == revert.digest:
+            log.info("Deployment/%s: revert on branch %s", revert.deployment, branch)
+            self.memory.steering = replace(
+                steering,
+                canaries={**steering.canaries, name: replace(canary, revert_branch=branch)},
+            )
+        self.wake()
 
     def _read(self, _: object) -> None:
         self.wake()
@@ -426,7 +527,15 @@ class Reconciler:
             named = {k.name for k in memory.objects or () if k.kind == "Deployment"}
             memory.known &= alive | named
         try:
-            self._state_file.save(State(memory.objects, memory.known, memory.generation))
+            self._state_file.save(
+                State(
+                    memory.objects,
+                    memory.known,
+                    memory.generation,
+                    memory.places,
+                    resumed(memory.steering),
+                )
+            )
         except OSError as error:
             log.warning("state not saved, a restart will be cautious: %s", error)
 
@@ -453,5 +562,6 @@ class Reconciler:
                 frozenset(n for n, f in memory.failures.items() if f.passing),
                 memory.source_problem,
                 memory.routing_problem,
+                steering=memory.steering,
             )
         )

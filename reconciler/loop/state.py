@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from pydantic import TypeAdapter
 
 from reconciler.core.config import ConfigObject, Location, ObjectKey
+from reconciler.core.steer import Steering
 from schemas.kinds import MODELS, Kind
 
 VERSION: Final = 1
@@ -27,6 +29,12 @@ class State:
     objects: Mapping[ObjectKey, ConfigObject] | None = None
     known: frozenset[str] | None = None
     generation: int = 0
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Deployment -> the cluster it was put in."""
+    steering: Steering = field(default_factory=Steering)
+
+
+_STEERING: Final = TypeAdapter(Steering)
 
 
 class _Stored(msgspec.Struct):
@@ -44,6 +52,8 @@ class _File(msgspec.Struct):
     objects: list[_Stored]
     known: list[str]
     generation: int = 0
+    places: dict[str, str] = {}
+    steering: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 @dataclass(slots=True)
@@ -72,7 +82,11 @@ class StateFile:
                 continue  # written by a version with other kinds or fields: not known any more
             location = Location(item.path, item.line, item.column)
             objects[key] = ConfigObject(key, value, location, item.digest)
-        return State(objects, frozenset(stored.known), stored.generation)
+        try:
+            steering = _STEERING.validate_json(bytes(stored.steering))
+        except ValueError:
+            steering = Steering()  # by another version: taken from what runs
+        return State(objects, frozenset(stored.known), stored.generation, stored.places, steering)
 
     def save(self, state: State) -> None:
         """Replaces the file.
@@ -83,7 +97,14 @@ class StateFile:
         if state == self._written:
             return
         objects = [self._store(obj) for _, obj in sorted((state.objects or {}).items())]
-        content = _File(VERSION, objects, sorted(state.known or ()), state.generation)
+        content = _File(
+            VERSION,
+            objects,
+            sorted(state.known or ()),
+            state.generation,
+            dict(state.places),
+            msgspec.Raw(_STEERING.dump_json(state.steering, by_alias=True)),
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".new")
         with fresh.open("wb") as file:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reconciler.core.compile import MAX_NAME, workload_name
+from reconciler.core.workload import MAX_NAME, workload_name
 from schemas.base import NAME_PATTERN
 from tests.unit.core.worlds import deployment, desired_of, external, function, local
 
