@@ -42,6 +42,7 @@ from router.records import RequestRecord
 from router.server import Api
 from router.settings import Settings, SettingsInvalid
 from router.sharing_metrics import SharingMetrics
+from router.signals import Signals
 from router.state import RouterState
 from router.static_table import StaticTable
 from router.table import RedisTable
@@ -80,6 +81,7 @@ class Router:
         self.settings = settings
         self.state = RouterState(upstream_keepalive_s=settings.upstream_keepalive_s)
         self.metrics = Metrics(self.state, tenants=settings.tenant_metrics)
+        self.signals = Signals(self.state, settings.router_id, waiting=self._waiting)
         self.url = ""
         self.admin_url = ""
         self.agent_url = ""
@@ -115,8 +117,12 @@ class Router:
     ) -> None:
         await self._stop()
 
+    def _waiting(self) -> dict[str, int]:
+        return self.proxy.queues.by_function()
+
     def _finished(self, record: RequestRecord) -> None:
         self.metrics.finished(record)
+        self.signals.finished(record)
         if record.trace is not None:
             record.trace.ended(record)
         if self._access_log is not None:
@@ -141,7 +147,13 @@ class Router:
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
         self.proxy = Proxy(
-            self.state, settings, self._finished, self.brain, tracing, limiter=self.limiter
+            self.state,
+            settings,
+            self._finished,
+            self.brain,
+            tracing,
+            self.signals,
+            limiter=self.limiter,
         )
         self._stack.callback(self.proxy.queues.close)
         self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))
@@ -244,6 +256,7 @@ class Router:
             _log.info("started from the table kept on disk")
         self._tasks.append(loop.create_task(table.run()))
         self._tasks.append(loop.create_task(self._heartbeat.run()))
+        self._tasks.append(loop.create_task(self.signals.run(redis)))
         watch = EngineWatch(redis, reports, self.brain.slots.keys)
         self._tasks.append(loop.create_task(watch.run()))
 

@@ -490,6 +490,8 @@ class Exchange:
             self._rest(head)
             alternative = self._choose_again()
             if alternative is not None:
+                if head.status != 429:
+                    self._proxy.abandoned(self._candidate.id)
                 self._end_attempt()
                 self._attempt(*alternative)
                 return
@@ -514,6 +516,7 @@ class Exchange:
         if alternative is None:
             self._refuse(self._why(error))
             return
+        self._proxy.abandoned(self._candidate.id)
         self._end_attempt()
         self._attempt(*alternative)
 
@@ -608,6 +611,8 @@ class Exchange:
             admission, self._admission = self._admission, None
             if admission is not None:
                 admission.undo()
+            if refusal.code == "upstream_failed":
+                self._proxy.abandoned(self._candidate.id)
             try:
                 self._ask_function()
             except Refused as refused:

@@ -27,6 +27,7 @@ from router.limiter import Limiter
 from router.queue import Queues
 from router.records import RequestRecord
 from router.settings import Settings
+from router.signals import Signals
 from router.state import RouterState
 from schemas.api_keys import PREFIX
 from schemas.wire.routing import Function, Tenant
@@ -73,6 +74,7 @@ class Proxy:
         finished: Callable[[RequestRecord], None],
         brain: Brain,
         tracing: Tracing | None = None,
+        signals: Signals | None = None,
         *,
         limiter: Limiter,
     ) -> None:
@@ -84,6 +86,7 @@ class Proxy:
         self.limiter = limiter
         self.queues = Queues()
         self.auth_failures = AuthFailures(settings.auth_failures_per_minute)
+        self.signals = signals
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines()
 
@@ -130,6 +133,11 @@ class Proxy:
         record.tenant = principal.tenant.name
         record.key = principal.key.id
         return snapshot, headers, principal
+
+    def abandoned(self, replica: str) -> None:
+        """An attempt came to nothing, and another is made: the record tells of the last one alone."""
+        if self.signals is not None:
+            self.signals.ended(replica, failed=True)
 
     def refused(self, refusal: Refusal, record: RequestRecord) -> None:
         """Notes in the record that the router answered itself."""

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.core.snapshot import Snapshot
+from router.records import RequestRecord
 from router.state import RouterState
 from schemas.wire import redis_keys
 from schemas.wire.routing import RoutingTable
@@ -24,6 +25,7 @@ from schemas.wire.signals import ArmSignals, FunctionSignals, RouterSignals, ttf
 
 _log: Final = logging.getLogger(__name__)
 
+_FAILURES: Final = frozenset({"upstream_error", "interrupted", "timeout"})
 FULL_EVERY: Final = 10
 """Messages; between them, only what changed is told."""
 
@@ -40,7 +42,7 @@ class _Arm:
 
 
 class Signals:
-    """Owned by one event loop. `ended` and `arrived` are called for every request: they are cheap.
+    """Owned by one event loop. `finished` is called for every request: it is cheap.
 
     `waiting` says how many requests each function holds, where any are held.
     """
@@ -65,9 +67,17 @@ class Signals:
         self._urgent = asyncio.Event()
         state.on_install.append(self._installed)
 
-    def arrived(self, function: str) -> None:
-        """A request that may use a function has come."""
-        self._arrived[function] = self._arrived.get(function, 0) + 1
+    def finished(self, record: RequestRecord) -> None:
+        """A request has ended, whichever way; its last attempt with it."""
+        if not record.function:
+            return
+        self._arrived[record.function] = self._arrived.get(record.function, 0) + 1
+        if record.replica:
+            self.ended(
+                record.replica,
+                failed=record.outcome in _FAILURES,
+                ttft_s=record.first_body - record.started if record.first_body else None,
+            )
 
     def ended(
         self,

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
 from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend
+from reconciler.core.signals import Signals
 from reconciler.core.status import World
 from reconciler.errors import Fenced, Stalled, Transient
 from reconciler.loop.config_reader import GitConfig
@@ -32,8 +34,10 @@ from reconciler.loop.status_task import StatusTask
 from reconciler.publish import signing_key
 from reconciler.publish.lease import LeaseLost, Leaser
 from reconciler.publish.redis_edge import connect
+from reconciler.publish.revert_branch import RevertBranches
 from reconciler.publish.routers import RouterWatch
 from reconciler.publish.routes import RoutesPublisher
+from reconciler.publish.signals import SignalsWatch
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.usage_source import UsageSource
 from reconciler.sources.git_source import GitSource
@@ -95,6 +99,11 @@ class Assembly:
         if self._loop is not None:
             self._loop.wake(fetch=fetch)
 
+    def _heard(self, waits: bool) -> None:
+        """A router has spoken. Passes come by themselves, but who waits is not kept waiting."""
+        if waits:
+            self._wake()
+
     async def run(self, stop: asyncio.Event) -> None:
         """Reconciles until `stop`; engines go on running after it.
 
@@ -109,6 +118,8 @@ class Assembly:
             me = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
             routes = RoutesPublisher(redis, self._key, settings.state_dir / "routes.table")
             routers = RouterWatch(redis, self._wake)
+            signals = Signals()
+            listening = SignalsWatch(redis, signals, self._heard, time.monotonic)
             source = GitSource(
                 settings.repo,
                 settings.state_dir / "config.git",
@@ -174,6 +185,10 @@ class Assembly:
                 state_file=StateFile(settings.state_dir / "last-good.json"),
                 on_world=on_world,
                 on_source_problem=self._on_source_problem,
+                signals=signals,
+                reverts=RevertBranches(
+                    settings.state_dir / "revert.git", settings.repo, settings.branch
+                ),
             )
             loop.restore()
             with contextlib.suppress(Transient):
@@ -195,6 +210,7 @@ class Assembly:
                 leadership,
                 (
                     routers.run(),
+                    listening.run(),
                     poll(fetch, lambda: loop.platform().intervals.poll),
                     watch_refs(settings.repo, settings.branch, fetch),
                     _keep_current(routes, leadership),

@@ -47,7 +47,7 @@ class FunctionSignals(msgspec.Struct, frozen=True, array_like=True):
 
     function: str
     arrived: int = 0
-    """Requests that may use it, whether or not a replica was there."""
+    """Requests for it that have ended, whether or not a replica was there."""
     waiting: int = 0
     """Now: held because no replica is there or has room."""
 

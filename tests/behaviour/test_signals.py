@@ -58,22 +58,21 @@ async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp
     counted = Signals(state, "r1", waiting=lambda: held)
     state.install(table(1, "r-1", "r-2"), 2e9)
     for failed in (False, False, True):
-        counted.arrived("f")
         counted.ended("r-1", failed=failed, ttft_s=0.2, input_tokens=100, cached_tokens=25)
     counted.ended("unknown", failed=True)
     heard = Heard()
     urgent: list[bool] = []
     async with valkey(tmp_path) as redis:
         watch = SignalsWatch(redis, heard, urgent.append, time.monotonic)
-        with state.in_flight.slot("r-2"):
-            async with running(watch.run(), counted.run(redis, interval_s=0.05)):
-                total = await eventually(
-                    lambda: (t := heard.totals("chat", "here", "d1")).attempts == 3 and t
-                )
-                assert (total.failed, total.hit_ratio) == (1, 0.25)
-                load = heard.load("f", ["chat"], "here", time.monotonic(), over_s=5)
-                assert load is not None
-                assert load.in_flight == 1
+        state.in_flight.sent("r-2")
+        async with running(watch.run(), counted.run(redis, interval_s=0.05)):
+            total = await eventually(
+                lambda: (t := heard.totals("chat", "here", "d1")).attempts == 3 and t
+            )
+            assert (total.failed, total.hit_ratio) == (1, 0.25)
+            load = heard.load("f", ["chat"], "here", time.monotonic(), over_s=5)
+            assert load is not None
+            assert load.in_flight == 1
         assert not any(urgent)
         async with running(watch.run(), counted.run(redis, interval_s=60)):
             await eventually(lambda: redis.pubsub_numsub(redis_keys.SIGNALS_CHANNEL))
@@ -102,11 +101,12 @@ def test_a_replica_that_leaves_is_counted_until_what_it_carries_has_ended():
     state = RouterState(upstream_keepalive_s=1)
     counted = Signals(state, "r1")
     state.install(table(1, "r-1"), 2e9)
-    with state.in_flight.slot("r-1"):
-        state.install(table(2), 2e9)
-        counted.ended("r-1", failed=False, ttft_s=0.1)
-        (arm,) = counted.message(full=True).arms
-        assert (arm.attempts, arm.in_flight) == (1, 1)
+    state.in_flight.sent("r-1")
+    state.install(table(2), 2e9)
+    counted.ended("r-1", failed=False, ttft_s=0.1)
+    (arm,) = counted.message(full=True).arms
+    assert (arm.attempts, arm.in_flight) == (1, 1)
+    state.in_flight.ended("r-1")
     state.install(table(3), 2e9)
     assert counted.message(full=True).arms == ()
 
