@@ -27,15 +27,12 @@ from reconciler.core.compile import compile_workloads, places_of, platform_of
 from reconciler.core.last_good import Objects
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.plan import Confirmation, PlanPolicy, parse_confirmation, plan
-from reconciler.core.workload import Desired
 from reconciler.errors import ReconcileError, SourceInvalid
 
 app = command_app()
 
 CHANGES: Final = 2
 """Exit code with --exit-code: valid, and something would change."""
-ACTING: Final = frozenset({"external", "local"})
-"""Backends that this version has; workloads of the others are accepted and not acted on yet."""
 _DEFAULT_BRANCHES: Final = ("origin/HEAD", "origin/main", "main", "origin/master", "master")
 
 
@@ -172,7 +169,7 @@ def _view(base: Base, target: Target) -> PlanView:
         objects_before=before,
         labels=(base.label, target.label),
         problems=[replace(p, location=target.reading.place(p.location)) for p in wanted.problems],
-        notes=[*base.notes, *_not_acted_on(desired)],
+        notes=list(base.notes),
     )
 
 
@@ -187,16 +184,6 @@ def _relative(objects: Objects, sub_path: str) -> Objects:
         )
         for key, obj in objects.items()
     }
-
-
-def _not_acted_on(desired: Desired) -> Iterator[str]:
-    idle = sorted(w.deployment for w in desired.workloads.values() if w.backend not in ACTING)
-    if idle:
-        shown = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
-        yield (
-            f"not acted on yet, as this version runs no skypilot backend: {shown}; "
-            "the plan shows what it would do"
-        )
 
 
 @contextmanager

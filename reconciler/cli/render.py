@@ -30,8 +30,8 @@ from reconciler.cli.terminal import (
 from reconciler.cli.yaml_text import yaml_text
 from reconciler.core.compile import compile_workloads
 from reconciler.core.engine_command import Place, engine_argv
-from reconciler.core.plan import template_data
 from reconciler.core.routes import compile_routes
+from reconciler.core.skypilot.render import service_task
 from reconciler.core.suggest import suggestion
 from reconciler.core.workload import Workload
 from reconciler.errors import Stalled
@@ -40,6 +40,8 @@ from schemas.wire.routing import RoutingTable
 
 app = command_app()
 
+OWNER: Final = "detoserve"
+"""Stands for the mark of the reconciler that sends a task."""
 EXAMPLE_PORT: Final = 8000
 """Stands where each start takes a free port."""
 
@@ -89,7 +91,8 @@ def render(
 ) -> None:
     """Show what each backend would be told to run, or what routers would be told.
 
-    For a local cluster: the very command, its environment and its probe. Exit codes: 0 fine,
+    For a local cluster: the very command, its environment and its probe; for one of SkyPilot's: the
+    service as SkyPilot gets it. Exit codes: 0 fine,
     1 the repo has errors (what is valid is shown), 2 it cannot be read.
     """
     if deployment is None and not is_url(where) and not Path(where).is_dir():
@@ -138,14 +141,8 @@ def workload_data(workload: Workload, *, python: str) -> dict[str, Any]:
         case "external":
             data["endpoints"] = [endpoint.url for endpoint in workload.template.endpoints]
             data["probe"] = _probe(workload.template.readiness)
-        case backend:
-            data["notActedOnYet"] = (
-                f"this version runs no {backend} backend; the template is accepted"
-            )
-            data["provider"] = workload.provider.model_dump(
-                mode="json", by_alias=True, exclude_none=True
-            )
-            data["template"] = template_data(workload.template)
+        case _:
+            data |= _skypilot(workload)
     return data
 
 
@@ -179,6 +176,19 @@ def _local(workload: Workload, python: str) -> dict[str, Any]:
             mode="json", by_alias=True, exclude={"gates", "steps"}
         ),
     }
+
+
+def _skypilot(workload: Workload) -> dict[str, Any]:
+    """The very task that SkyPilot gets; values of secrets are filled in when it is sent."""
+    try:
+        task = service_task(workload, OWNER)
+    except Stalled as error:
+        return {"stalled": str(error)}
+    secrets = {
+        name: ref.model_dump(by_alias=True, exclude_none=True)
+        for name, ref in workload.template.runtime.secrets.items()
+    }
+    return {"secrets": secrets, "task": task} if secrets else {"task": task}
 
 
 def _probe(readiness: Readiness) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def test_what_no_backend_here_runs_is_not_waited_for() -> None:
     assert all_live(made)
     line = deployment_lines(made)["a"]
     assert not line.acted_on
-    assert "not acted on yet" in line.detail
+    assert "no skypilot backend runs in this reconciler" in line.detail
 
 
 def test_each_change_is_told_once() -> None:

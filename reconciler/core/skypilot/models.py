@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from reconciler.core.engine_command import model_argument
+from reconciler.core.skypilot.script import HOME
 from reconciler.core.workload import Template
 
-HOME: Final = "@home@"
-"""Stands for the home directory of a replica's user until a script is written."""
 FOLDER: Final = f"{HOME}/detoserve-model"
 _FOLDER: Final = '"$HOME"/detoserve-model'
 
@@ -30,13 +29,15 @@ class ModelSource:
 
 
 def model_source(template: Template) -> ModelSource:
-    """hf:// and paths as they stand; s3:// and gs:// streamed by vLLM, and fetched for others; oci:// fetched."""
+    """hf:// and paths as they stand; buckets streamed by vLLM, read by Triton, fetched for others; oci:// fetched."""
     model = template.model
     uri, engine = model.uri, template.runtime.engine
     scheme = uri.partition("://")[0] if "://" in uri else ""
     if scheme in ("s3", "gs"):
-        if engine == "vllm" and model.format in (None, "safetensors"):
+        if engine in ("vllm", "llm-d") and model.format in (None, "safetensors"):
             return ModelSource(uri, flags=("--load-format", "runai_streamer"))
+        if engine == "triton":
+            return ModelSource(uri)
         return ModelSource(FOLDER, setup=_fetch_bucket(uri, scheme))
     if scheme == "oci":
         return ModelSource(FOLDER, setup=_fetch_oci(uri))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shlex
 
+from ruamel.yaml import YAML
+
 from reconciler.cli.render import routes_data, workload_data
+from reconciler.cli.yaml_text import yaml_text
 from reconciler.core.compile import compile_workloads
 from reconciler.core.routes import compile_routes
 from tests.unit.cli.config_repo import BASE, effective_of
@@ -56,11 +59,25 @@ def test_external_shows_its_endpoints() -> None:
     assert data["endpoints"] == ["http://e:1"]
 
 
-def test_what_has_no_backend_yet_says_so() -> None:
-    data = data_of(BASE, "big--west")
-    assert "runs no skypilot backend" in str(data["notActedOnYet"])
-    assert data["provider"] == {"type": "kubernetes", "context": "west"}
-    assert data["template"]["resources"] == {"gpu": {"types": ["H100"], "count": 4}}  # type: ignore[index]
+def test_skypilot_shows_the_very_task_and_no_value_of_a_secret() -> None:
+    secret = BASE.replace(
+        "engine: vllm,", "engine: vllm, secrets: {HF_TOKEN: {fromFile: /run/token}},"
+    )
+    data = data_of(secret, "big--west")
+    task = data["task"]
+    assert isinstance(task, dict)
+    assert task["resources"]["infra"] == "k8s/west"
+    assert task["service"]["replicas"] == 2
+    assert task["secrets"] == {"HF_TOKEN": None}
+    assert data["secrets"] == {"HF_TOKEN": {"fromFile": "/run/token"}}
+    text = yaml_text([data])
+    assert "  run: |\n    exec vllm serve org/big \\\n" in text, "as a script, not as escapes"
+    assert YAML(typ="safe").load(text) == data
+
+
+def test_skypilot_says_what_cannot_be_run() -> None:
+    data = data_of(BASE.replace("engine: vllm", "engine: triton"), "big--west")
+    assert "give runtime.version" in str(data["stalled"])
 
 
 def test_routes_hold_hashes_in_hex_and_no_replicas() -> None:
