@@ -319,8 +319,8 @@ class Limiter:
         return Admission(self, plan, amounts, now)
 
     def remaining(self, share: Share) -> int:
-        """What is left of a rate, as far as this process knows."""
-        if self.book.away:
+        """What is left, as far as this process knows."""
+        if self.book.away and share.is_rate:
             return max(0, self.book.part_of(share.limit.limit) - share.window_total)
         return max(0, share.free + share.pool)
 
@@ -342,7 +342,10 @@ class Limiter:
 
     def _refusal(self, failing: Failing, function: Function) -> Refusal:
         now = self._wall()
-        return over_limit(failing, function.name, month_end(now) - now, self.book.away)
+        share = failing.share
+        known = share.is_rate or not self.book.away
+        remaining = self.remaining(share) if known else None
+        return over_limit(failing, function.name, month_end(now) - now, remaining)
 
     # The conversation with Redis
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from router.core.errors import Refusal
-from router.core.leases import Failing, Level, Limit, Share
+from router.core.leases import Failing, Level, Limit
 from schemas.wire import redis_keys, routing
 
 NANO: Final = 10**9
@@ -121,8 +121,13 @@ _SLOT_WAIT_S: Final = 1.0
 _TOKENS_WAIT_S: Final = 1.0
 
 
-def over_limit(failing: Failing, model: str, month_ends_in_s: float, store_away: bool) -> Refusal:
-    """429, as OpenAI says it. A ceiling of the function tells nothing of what others use."""
+def over_limit(
+    failing: Failing, model: str, month_ends_in_s: float, remaining: int | None
+) -> Refusal:
+    """429, as OpenAI says it. A ceiling of the function tells nothing of what others use.
+
+    `remaining`: of the share that is out; None: nobody can tell.
+    """
     share, amount = failing.share, failing.amount
     limit = share.limit
     if limit.role in ("budget_usd", "budget_tokens"):
@@ -149,8 +154,9 @@ def over_limit(failing: Failing, model: str, month_ends_in_s: float, store_away:
     if wait_s is None:
         wait_s = _SLOT_WAIT_S if limit.role == "concurrent" else _TOKENS_WAIT_S
     numbers = f"Limit {limit.limit}"
-    if limit.level != "function" and not store_away:
-        numbers += f", Used {max(0, limit.limit - share.free)}"
+    own = limit.level != "function"
+    if own and remaining is not None:
+        numbers += f", Used {max(0, limit.limit - remaining)}"
     return Refusal(
         429,
         f"{head}: {numbers}, Requested {amount}. Please try again in {shown_duration(wait_s)}.",
@@ -158,7 +164,7 @@ def over_limit(failing: Failing, model: str, month_ends_in_s: float, store_away:
         "rate_limit_exceeded",
         retry_after_s=wait_s,
         retry=True,
-        more_headers=rate_headers(share, wait_s),
+        more_headers=rate_headers(limit, remaining or 0, wait_s) if own else (),
     )
 
 
@@ -172,13 +178,12 @@ def shown_duration(seconds: float) -> str:
     return f"{minutes}m{rest}s"
 
 
-def rate_headers(share: Share, reset_s: float) -> tuple[tuple[str, str], ...]:
-    """`x-ratelimit-*` of a share that is out; none for what has no such header."""
-    limit = share.limit
-    if limit.role not in ("requests", "tokens") or limit.level == "function":
+def rate_headers(limit: Limit, remaining: int, reset_s: float) -> tuple[tuple[str, str], ...]:
+    """`x-ratelimit-*` of a rate that is out; none for what has no such header."""
+    if limit.role not in ("requests", "tokens"):
         return ()
     return (
         (f"x-ratelimit-limit-{limit.role}", str(limit.limit)),
-        (f"x-ratelimit-remaining-{limit.role}", str(max(0, share.free))),
+        (f"x-ratelimit-remaining-{limit.role}", str(remaining)),
         (f"x-ratelimit-reset-{limit.role}", shown_duration(reset_s)),
     )
