@@ -17,9 +17,11 @@ from router.core.engine_reports import EngineReports
 from router.core.index import PrefixIndex
 from router.core.load import Ticket
 from router.core.pick import SCORED, Chance
-from router.core.route import Candidates, Choice, States, choose, dispatched
+from router.core.room import Room
+from router.core.route import Candidates, Choice, States, choose, dispatched, hit_tokens
 from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
+from router.core.trust import in_engine_tokens
 from router.sharing import Sharing
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import Function
@@ -63,6 +65,12 @@ class Sent:
             if sharing is not None:
                 sharing.sampled(choice.slot, choice.hit_tokens, tokens, prefill_s)
 
+    def used(self, input_tokens: int, cached_tokens: int) -> None:
+        """What the engine says of the prompt: its length, and how much of it was cached."""
+        choice, prompt = self._choice, self._prompt
+        if prompt.blocks and input_tokens > 0:
+            self._brain.judge(choice, prompt, input_tokens, cached_tokens)
+
     def finish(self) -> None:
         if self._ticket is not None:
             self._brain.states.load.finish(self._ticket, self._brain.now())
@@ -85,6 +93,7 @@ class Brain:
         self._functions: dict[str, str] = {}
         self._free: list[int] = []
         self._speeds: dict[str, Speeds] = {}
+        self._rooms: dict[str, Room] = {}
         self._groups: dict[tuple[str, ...], Candidates] = {}
         self._whole: dict[int, tuple[Sequence[Candidate], Candidates]] = {}
         """Of those whom a table itself lists together, by identity: nearly always all are asked."""
@@ -101,7 +110,9 @@ class Brain:
             self.states.index.remove(slot)
             self.states.trust.remove(slot)
             self.reports.remove(slot)
-            self._speeds[self._functions.pop(replica)].remove(slot)
+            function = self._functions.pop(replica)
+            self._speeds[function].remove(slot)
+            self._rooms[function].remove(slot)
             self._free.append(slot)
         for replica, candidate in snapshot.replicas.items():
             if replica not in self._slots:
@@ -114,9 +125,12 @@ class Brain:
                 self.reports.add(slot, time())
                 speeds = self._speeds.setdefault(candidate.function, Speeds())
                 speeds.add(slot, self.now(), rtt_s.get(candidate.cluster, 0.0))
+                room = self._rooms.setdefault(candidate.function, Room())
+                self.states.index.set_capacity(slot, room.capacity(slot))
         for name in self._speeds.keys() - snapshot.functions.keys():
             if name not in self._functions.values():
                 del self._speeds[name]
+                del self._rooms[name]
 
     def prompt(
         self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
@@ -143,14 +157,23 @@ class Brain:
         now = self.now()
         speeds = self._speeds[function.name]
         if now - self._refreshed_at >= _REFRESH_S:
-            self._refreshed_at = now
-            for each in self._speeds.values():
-                each.refresh(now)
-            self.reports.expire(now)
+            self._refresh(now)
         known = self._whole.get(id(pool))
         group = known[1] if known is not None and known[0] is pool else self._group(pool)
         choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
         return pool[choice.position], Sent(self, speeds, choice, prompt)
+
+    def _refresh(self, now: float) -> None:
+        """Puts what was learned of all replicas where decisions read it."""
+        self._refreshed_at = now
+        for each in self._speeds.values():
+            each.refresh(now)
+        self.reports.expire(now)
+        for slot, replica in self._names.items():
+            # Where an engine's size is reported there is nothing to guess.
+            if not self.reports.sized(slot):
+                room = self._rooms[self._functions[replica]]
+                self.states.index.set_capacity(slot, room.capacity(slot))
 
     def _group(self, pool: Sequence[Candidate]) -> Candidates:
         key = tuple([candidate.id for candidate in pool])
@@ -163,6 +186,25 @@ class Brain:
         if isinstance(pool, tuple):  # kept along with it, so that no other can get its identity
             self._whole[id(pool)] = pool, group
         return group
+
+    def judge(self, choice: Choice, prompt: Prompt, input_tokens: int, cached_tokens: int) -> None:
+        """Learns from what an engine had of a prompt how far the index may be believed there."""
+        slot, index = choice.slot, self.states.index
+        name = self._names.get(slot)
+        if name is None:
+            return
+        room = self._rooms[self._functions[name]]
+        share = min(1.0, cached_tokens / input_tokens)
+        held = min(len(prompt.blocks), int(share * prompt.tokens / prompt.block_tokens))
+        room.learn(slot, choice.hit_blocks, held, index.held(slot))
+        if not room.tells:
+            return
+        predicted = in_engine_tokens(
+            hit_tokens(prompt, choice.hit_blocks), prompt.tokens, input_tokens
+        )
+        if self.states.trust.learn(slot, predicted, cached_tokens):
+            room.restarted(slot)
+            index.clear(slot)
 
     def share(self, router_id: str) -> Sharing:
         """What is done from now on is told to other routers, and theirs is counted: `run` it."""

@@ -70,6 +70,11 @@ class EngineReports:
         known = self._known.get(slot)
         return known.report if known is not None and known.heard_at else None
 
+    def sized(self, slot: int) -> bool:
+        """Whether it was told how much the engine can hold."""
+        known = self._known.get(slot)
+        return known is not None and known.report is not None and known.report.capacity_blocks > 0
+
     def apply(self, slot: int, report: EngineReport, *, now: float, now_unix_s: float) -> str:
         """Lets a report count; says why not, or nothing. `now` is on any steady clock."""
         known = self._known.get(slot)

@@ -23,8 +23,9 @@ WHOLE: Final = 0.98
 """From here on the discount is not worth making."""
 SURE_TOKENS: Final = 512.0
 """A miss of so many predicted tokens, all of them, is no matter of blocks."""
-MISSES: Final = 2
-"""So many such in a row: the engine holds nothing of what it was thought to."""
+MISSES: Final = 3
+"""So many such in a row: the engine holds nothing of what it was thought to. Two may both have been
+pushed out, where nobody tells how much it holds."""
 
 
 @dataclass(slots=True)

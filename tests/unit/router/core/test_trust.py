@@ -36,12 +36,14 @@ def test_a_few_wrong_ones_change_little() -> None:
     assert trust.factors.get(0, 1.0) > 0.95
 
 
-def test_nothing_at_all_twice_in_a_row_is_an_empty_cache() -> None:
+def test_nothing_at_all_thrice_in_a_row_is_an_empty_cache() -> None:
     trust = Trust()
     assert not trust.learn(0, 4000, 0)
     assert not trust.learn(0, 4000, 4000)
     assert not trust.learn(0, 4000, 0)
+    assert not trust.learn(0, 4000, 0)
     assert not trust.learn(0, 100, 0)  # too little to tell: the run ends
+    assert not trust.learn(0, 4000, 0)
     assert not trust.learn(0, 4000, 0)
     assert trust.learn(0, 4000, 0)
     assert not trust.learn(0, 4000, 0)
