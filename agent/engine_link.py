@@ -27,6 +27,11 @@ from agent.scrape import Unreachable, publishers, read
 
 _log: Final = logging.getLogger(__name__)
 
+_AWAY_S: Final = 5.0
+"""Longest pause between looks at an engine that does not answer."""
+_STRANGER_S: Final = 60.0
+"""The same where something answers that has no metrics known here."""
+
 
 class EngineLink:
     """One engine, until `run` is cancelled."""
@@ -53,6 +58,7 @@ class EngineLink:
         self._sources: dict[Publisher, asyncio.Task[None]] = {}
         self._look_now = asyncio.Event()
         self._gone = False
+        self._pause_s = poll_interval_s
         self.problem = ""
         """What is wrong with it, for people; empty: nothing."""
 
@@ -61,16 +67,17 @@ class EngineLink:
             while True:
                 # Cleared first: what happens during a look asks for another.
                 self._look_now.clear()
-                await self._look()
+                pause_s = await self._look()
                 try:
-                    async with asyncio.timeout(self._poll_interval_s):
+                    async with asyncio.timeout(pause_s):
                         await self._look_now.wait()
                 except TimeoutError:
                     pass
         finally:
             await self._leave()
 
-    async def _look(self) -> None:
+    async def _look(self) -> float:
+        """Reads its metrics; how long to wait until the next time."""
         try:
             reading = await read(self._session, self.address.url)
         except Unreachable as error:
@@ -80,10 +87,11 @@ class EngineLink:
                 self._gone = True
                 self._outbox.batch(self.state.replica, self.state.lost())
                 self._outbox.report(self.state.report(time.time()))
-            return
+            return self._longer(_AWAY_S)
         except PageInvalid as error:
             self._say(str(error))
-            return
+            return self._longer(_STRANGER_S)
+        self._pause_s = self._poll_interval_s
         if self._gone or self.problem:
             self._say("")
         self._gone = False
@@ -91,6 +99,12 @@ class EngineLink:
             _log.info("%s: another process than before", self.state.replica)
         await self._follow()
         self._outbox.report(self.state.report(time.time()))
+        return self._pause_s
+
+    def _longer(self, at_most_s: float) -> float:
+        """Twice as long as the last pause: who does not answer is not asked every second."""
+        self._pause_s = max(self._poll_interval_s, min(2 * self._pause_s, at_most_s))
+        return self._pause_s
 
     async def _follow(self) -> None:
         """Subscribes to whatever it publishes, once it is known."""

@@ -31,12 +31,12 @@ async def read(session: aiohttp.ClientSession, url: str) -> Reading:
     """One look at its /metrics.
 
     Raises:
-        Unreachable: it does not answer, or not with a page.
-        PageInvalid: the page is of no engine known here.
+        Unreachable: it does not answer.
+        PageInvalid: it does, but not with the page of an engine known here.
     """
     status, body = await _get(session, f"{url}/metrics")
     if status != 200:
-        raise Unreachable(f"its /metrics answers {status}")
+        raise PageInvalid(f"its /metrics answers {status}")
     try:
         return read_metrics(body.decode())
     except UnicodeDecodeError:

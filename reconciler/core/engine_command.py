@@ -7,6 +7,7 @@ of secrets (secret_values), or starting anything (processes).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,7 +45,11 @@ def engine_argv(template: Template, place: Place) -> list[str]:
             f"engine {runtime.engine} is not started as a process on a local cluster; give "
             "runtime.command how to start it, or place it on a cluster with containers"
         )
-    return [*serve_argv(template, place, model, revision), *filled_args(template, place)]
+    return [
+        *serve_argv(template, place, model, revision),
+        *_events_argv(template, place),
+        *filled_args(template, place),
+    ]
 
 
 def serve_argv(template: Template, place: Place, model: str, revision: str | None) -> list[str]:
@@ -68,6 +73,30 @@ def serve_argv(template: Template, place: Place, model: str, revision: str | Non
             return _sglang(template, place, model, revision)
         case engine:
             raise Stalled(f"engine {engine} is not started by one command; give runtime.command")
+
+
+def _events_argv(template: Template, place: Place) -> list[str]:
+    """Has the engine tell an agent on this machine what its cache holds; nobody elsewhere.
+
+    Events carry prompts, so they go by what only this machine can reach.
+    """
+    runtime = template.runtime
+    if runtime.command or not runtime.prefix_caching:
+        return []
+    if runtime.engine == "simulated":
+        anywhere = "tcp://127.0.0.1:*"
+        return ["--kv-events-endpoint", anywhere, "--kv-events-replay-endpoint", anywhere]
+    own = ("--kv-events-config", "--data-parallel")  # ranks need endpoints with ports
+    if runtime.engine != "vllm" or any(argument.startswith(own) for argument in runtime.args):
+        return []
+    name = f"ipc://@detoserve-{place.replica}-{place.port}"
+    config = {
+        "enable_kv_cache_events": True,
+        "publisher": "zmq",
+        "endpoint": f"{name}-events",
+        "replay_endpoint": f"{name}-replay",
+    }
+    return ["--kv-events-config", json.dumps(config)]
 
 
 def filled_args(template: Template, place: Place) -> list[str]:

@@ -132,8 +132,20 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             on_line=router.on_line,
             on_failure=screen.warn,
         )
+        agent = Child(
+            "agent",
+            [
+                *(sys.executable, "-m", "agent.cli", "run", "--id", owner),
+                *("--redis-url", redis_url, "--routes-public-key", assembly.public_key),
+            ],
+            state_dir=state_dir,
+            env=dict(os.environ),
+            on_line=lambda _: None,
+            on_failure=screen.warn,
+        )
         async with asyncio.TaskGroup() as group:
             routing = group.create_task(child.run())
+            following = group.create_task(agent.run())
             reconciling = group.create_task(assembly.run(stop))
             if await _until(router.listening, stop):
                 screen.step(f"router at {router.url}")
@@ -156,6 +168,8 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             screen.step("stopping: the router finishes its streams")
             await child.stop()
             await routing
+            await agent.stop()
+            await following
             await reconciling
             screen.step("stopping: engines")
             await assembly.stop_engines()

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import openai
 import psutil
@@ -149,12 +150,33 @@ def test_edits_under_load_lose_no_request(start_up: Callable[..., Up]) -> None:
         assert not repo.is_dirty(untracked_files=True)
 
 
+def test_routers_hear_what_engines_hold(start_up: Callable[..., Up]) -> None:
+    up = start_up()
+    ready = up.ready()
+    client = up.client(ready)
+
+    def told(name: str) -> dict[str, float]:
+        with urlopen(ready["admin"] + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [line.partition(" ") for line in lines if line.startswith(f"{name}{{")]
+        return {labels.partition('"')[2].rstrip('"}'): float(value) for labels, _, value in found}
+
+    capacity = eventually_sync(
+        lambda: len(found := told("detoserve_router_engine_capacity_tokens")) == 3 and found
+    )
+    assert all(tokens > 1000 for tokens in capacity.values())
+    say(client, "word " * 2000)
+    assert eventually_sync(lambda: max(told("detoserve_router_index_blocks").values()) > 30)
+    assert set(told("detoserve_router_cache_trust").values()) == {1.0}
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_however_it_ends(start_up: Callable[..., Up], signum: int) -> None:
     up = start_up()
     up.ready()
-    everything = up.processes()
-    assert len(everything) >= 5
+    everything = {*up.processes(), *psutil.Process(up.process.pid).children(recursive=True)}
+    for part in ("router", "agent.cli", "agent.simulated", "valkey"):
+        assert [p for p in everything if part in " ".join(p.cmdline())], part
     code = up.stop(signum)
     if signum == signal.SIGINT:
         assert code == 0

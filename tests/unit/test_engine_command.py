@@ -32,7 +32,8 @@ def argv(engine: str, uri: str = "hf://org/name", **runtime: Any) -> str:
 def test_the_simulated_engine_runs_with_our_own_python() -> None:
     assert argv("simulated", "sim://chat", args=["--itl-s=0.02"]) == (
         "/venv/bin/python -m agent.simulated --host 127.0.0.1 --port 8123 "
-        "--served-model-name chat --itl-s=0.02"
+        "--served-model-name chat --kv-events-endpoint tcp://127.0.0.1:* "
+        "--kv-events-replay-endpoint tcp://127.0.0.1:* --itl-s=0.02"
     )
     assert argv("simulated", "sim://chat", maxModelLen=4096, prefixCaching=False).endswith(
         "--max-model-len 4096 --no-enable-prefix-caching"
@@ -42,7 +43,10 @@ def test_the_simulated_engine_runs_with_our_own_python() -> None:
 def test_vllm() -> None:
     assert argv("vllm") == (
         "vllm serve org/name --host 127.0.0.1 --port 8123 --served-model-name chat "
-        "--tensor-parallel-size 1 --enable-prefix-caching --enable-prompt-tokens-details"
+        "--tensor-parallel-size 1 --enable-prefix-caching --enable-prompt-tokens-details "
+        '--kv-events-config {"enable_kv_cache_events": true, "publisher": "zmq", '
+        '"endpoint": "ipc://@detoserve-chat--here-1-8123-events", '
+        '"replay_endpoint": "ipc://@detoserve-chat--here-1-8123-replay"}'
     )
     assert argv(
         "vllm",
@@ -59,6 +63,14 @@ def test_vllm() -> None:
         "--quantization fp8 --revision abc --no-enable-prefix-caching "
         "--enable-prompt-tokens-details --enforce-eager"
     )
+
+
+@pytest.mark.parametrize(
+    "own", [["--kv-events-config", "{}"], ["--data-parallel-size=2"], ["--kv-events-config={}"]]
+)
+def test_what_the_function_says_of_events_stands_alone(own: list[str]) -> None:
+    assert argv("vllm", args=own).count("kv-events-config") == "".join(own).count("kv-events")
+    assert "ipc://" not in argv("vllm", args=own)
 
 
 def test_sglang() -> None:
