@@ -7,6 +7,7 @@ replicas kept over an update that changes `service:` alone. Time passes only in 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import copy
 import io
@@ -337,7 +338,7 @@ class SkyApiServer:
             raise web.HTTPUnauthorized
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[SkyApiServer]:
+    async def running(self, port: int = 0) -> AsyncIterator[SkyApiServer]:
         app = web.Application(client_max_size=1024**3)
         for path in (
             "/serve/up",
@@ -353,7 +354,7 @@ class SkyApiServer:
         app.router.add_get("/api/health", self._health)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", port)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
@@ -387,3 +388,21 @@ def _hang_up(request: web.Request) -> None:
     assert request.transport is not None
     request.transport.abort()
     raise ConnectionResetError
+
+
+async def main() -> None:
+    """As a process of its own: prints its URL, and steps by itself; until killed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--step-s", type=float, default=0.2)
+    asked = parser.parse_args()
+    async with SkyApiServer().running(asked.port) as server:
+        print(server.url, flush=True)
+        while True:
+            await asyncio.sleep(asked.step_s)
+            server.step()
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
