@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ import msgspec
 from schemas.wire.routing import Arm, Cluster, Function, Policy, Replica
 from tests.behaviour.router.harness import KEY, routing_table
 from tests.bench import traces
-from tests.bench.bench_router import PEERS, REPO, Target, free_port, installed, process, ready
+from tests.bench.bench_router import PEERS, REPO, Target, installed, process, ready
 
 ENGINES: Final = 8
 RTTS_S: Final = (0.002, 0.025, 0.08)
@@ -119,11 +120,12 @@ def running(kind: Kind, engines: list[str], speed: float, folder: Path) -> Itera
             return
         program = installed(kind.package, dict(PEERS.values())[kind.package])
         out = []
+        ports = free_ports(2 * kind.processes)
         for number in range(kind.processes):
-            port = free_port()
+            port = ports.pop()
             launch = ["launch"] if kind.package == "sglang-router" else []
             flags = f"--host 127.0.0.1 --port {port} --policy {kind.policy} --log-level error"
-            flags += f" --prometheus-port {free_port()} --worker-urls"
+            flags += f" --prometheus-port {ports.pop()} --worker-urls"
             log = folder / f"{kind.package}-{number}.log"
             command = [str(program), *launch, *flags.split(), *engines]
             one = stack.enter_context(process(command, log))
@@ -132,6 +134,15 @@ def running(kind: Kind, engines: list[str], speed: float, folder: Path) -> Itera
             if not ready(target):
                 raise RuntimeError(f"{kind.package} does not answer: {log.read_text()[-500:]}")
         yield out
+
+
+def free_ports(count: int) -> list[int]:
+    """All different: each is held until all are found."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def stats(url: str, method: str = "GET") -> dict[str, float]:
