@@ -193,6 +193,7 @@ class Brain:
         name = self._names.get(slot)
         if name is None:
             return
+        self.reports.counted(slot, prompt.tokens, input_tokens)
         room = self._rooms[self._functions[name]]
         share = min(1.0, cached_tokens / input_tokens)
         held = min(len(prompt.blocks), int(share * prompt.tokens / prompt.block_tokens))
@@ -205,6 +206,7 @@ class Brain:
         if self.states.trust.learn(slot, predicted, cached_tokens):
             room.restarted(slot)
             index.clear(slot)
+            index.insert(slot, prompt.blocks)  # which it has now
 
     def share(self, router_id: str) -> Sharing:
         """What is done from now on is told to other routers, and theirs is counted: `run` it."""

@@ -6,8 +6,9 @@ clears) means that the engine holds nothing of what it held. And how many tokens
 many blocks this router thought it would, is the rate of exchange between the engine's tokens and
 blocks of text: with it the index gives each replica the room that this router's own prompts really
 have there. It shrinks where others' prompts and answers push them out, grows where the
-engine keeps what the index had given up, and needs nobody to know the tokenizer. Without KV events, 64
-tokens are taken for a block. Not here: how reports come (router.engine_watch, router.agent_listener).
+engine keeps what the index had given up, and needs nobody to know the tokenizer. Without KV events a
+block is as many tokens as engines count in prompts of its length. Not here: how reports come
+(router.engine_watch, router.agent_listener).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ PRIOR_TOKENS: Final = 65_536.0
 """The usual rate of exchange counts as much as so many stored tokens."""
 MEMORY_TOKENS: Final = 2_000_000.0
 """Older ones fade after about so many."""
+COUNTED_PRIOR_TOKENS: Final = 4_096.0
+"""Four bytes a token count as much as so many that an engine counted."""
 AT_MOST: Final = 4.0
 """How many times the usual rate one may be, either way."""
 
@@ -46,6 +49,9 @@ class _Known:
     tokens: float = 0.0
     blocks: float = 0.0
     inserted: int = 0
+    counted: float = 0.0
+    estimated: float = 0.0
+    """The prompts behind `counted`, as this router took them to be."""
 
 
 @dataclass(slots=True)
@@ -99,6 +105,14 @@ class EngineReports:
         self.load.set_engine(slot, capacity_tokens=capacity_tokens, kv_used=report.kv_usage)
         return ""
 
+    def counted(self, slot: int, estimated_tokens: float, tokens: int) -> None:
+        """An engine says how many tokens a prompt had, which was taken to have so many."""
+        known = self._known.get(slot)
+        if known is not None and estimated_tokens > 0 and tokens > 0:
+            keep = exp(-tokens / MEMORY_TOKENS)
+            known.counted = known.counted * keep + tokens
+            known.estimated = known.estimated * keep + estimated_tokens
+
     def expire(self, now: float) -> None:
         """Engines of which nothing is heard any more: how full they are is not known, how large they are is."""
         for slot, known in self._known.items():
@@ -133,9 +147,10 @@ class EngineReports:
     @staticmethod
     def _rate(known: _Known) -> float:
         """Blocks of this router's prompts for each token that the engine holds."""
-        usual = 1 / BLOCK_TOKENS
+        prior = COUNTED_PRIOR_TOKENS
+        usual = (known.estimated + prior) / (known.counted + prior) / BLOCK_TOKENS
         rate = (known.blocks + PRIOR_TOKENS * usual) / (known.tokens + PRIOR_TOKENS)
-        return min(max(rate, usual / AT_MOST), usual * AT_MOST)
+        return min(max(rate, 1 / BLOCK_TOKENS / AT_MOST), AT_MOST / BLOCK_TOKENS)
 
 
 def _life(report: EngineReport) -> tuple[int, int]:

@@ -169,6 +169,14 @@ class Engine:
         return hit
 
 
+def test_a_block_is_as_many_tokens_as_engines_count() -> None:
+    reports = known()
+    for _ in range(200):
+        reports.counted(0, 1000, 2000)  # two bytes a token
+    assert apply(reports, 1, capacity_blocks=64_000, block_tokens=1) == ""
+    assert 500 < reports.index._replicas[0].cache.capacity < 515
+
+
 def mistaken(bytes_per_token: float, foreign: float, *, events: bool) -> float:
     """Share of prompts whose hit or miss is predicted wrong, after a while."""
     chance = random.Random(7)
