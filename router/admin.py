@@ -5,8 +5,8 @@ Not here: what clients see (server).
 
 from __future__ import annotations
 
-import asyncio
 import time
+from time import perf_counter
 from typing import Any
 
 import orjson
@@ -68,7 +68,7 @@ class Admin:
         if snapshot is None:
             return out
         load = state.in_flight.by_replica
-        breakers, now = state.breakers, asyncio.get_running_loop().time()
+        breakers, now = state.breakers, perf_counter()
         table = snapshot.table
         out |= {
             "generation": table.generation,

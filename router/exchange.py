@@ -16,7 +16,6 @@ from typing import Any, Final
 
 from router.brain import Sent
 from router.core import errors
-from router.core.admission import admit
 from router.core.api import Endpoint
 from router.core.auth import Principal
 from router.core.blocks import Prompt
@@ -27,7 +26,7 @@ from router.core.inflate import EncodingInvalid, inflate
 from router.core.limits import estimated
 from router.core.pick import available, by_weight, full, pick
 from router.core.request import BodyInvalid, read_form, read_json, with_model
-from router.core.retries import attempts, is_retryable
+from router.core.retries import is_retryable
 from router.core.snapshot import Candidate, Snapshot
 from router.downstream.answer import STATUS_LINES, refuse
 from router.downstream.connection import ClientConnection
@@ -36,6 +35,7 @@ from router.limiter import Admission
 from router.proxy import Proxy, answers, meant
 from router.queue import Place
 from router.relay import Framing, Relay
+from router.state import FunctionState
 from router.upstream.connection import (
     ConnectFailed,
     Connection,
@@ -71,6 +71,7 @@ class Exchange:
         "_candidates",
         "_client",
         "_connection",
+        "_counts",
         "_delivering",
         "_endpoint",
         "_function",
@@ -99,6 +100,7 @@ class Exchange:
     )
 
     _function: Function
+    _counts: FunctionState
     _headers: ClientHeaders
     _snapshot: Snapshot
     _candidate: Candidate
@@ -174,9 +176,9 @@ class Exchange:
         self._snapshot, self._headers, self._principal = proxy.authenticate(
             self._request, self.record
         )
-        refusal = admit(self._state.in_flight.total - 1, proxy.settings.max_in_flight)
-        if refusal is not None:
-            raise Refused(refusal)
+        most = proxy.settings.max_in_flight
+        if most and self._state.in_flight.total > most:
+            raise Refused(errors.ROUTER_FULL)
         self._body = self._request.body
         encoding = self._headers.encoding
         if encoding in _PLAIN:
@@ -308,7 +310,7 @@ class Exchange:
         candidates, breakers = self._candidates, self._state.breakers
         if not candidates:
             raise Refused(errors.no_replica(function.name))
-        ejected = kept_out(candidates, breakers, proxy.loop.time()) if breakers else ()
+        ejected = kept_out(candidates, breakers, perf_counter()) if breakers else ()
         if (
             self._functions
             or not function.policy.queue_max_wait_s
@@ -339,11 +341,12 @@ class Exchange:
 
     def _start(self) -> None:
         function = self._function
-        state = self._state.function(function.name)
-        state.turn += 1
-        state.budget.request(self._proxy.loop.time())
-        self._left = attempts(function.policy)
-        self._tried.clear()
+        counts = self._counts = self._state.function(function.name)
+        counts.turn += 1
+        counts.budget.request(perf_counter())
+        self._left = 1 + function.policy.retry_attempts
+        if self._tried:
+            self._tried = []
         queues = self._proxy.queues
         overtakes = queues.waiting and queues.must_wait(function.name)
         chosen = None if overtakes else self._choose()
@@ -358,13 +361,12 @@ class Exchange:
         load = state.in_flight.by_replica
         pool: Sequence[Candidate] = self._candidates
         if state.breakers or self._tried or function.name in self._snapshot.bounded:
-            ejected = kept_out(pool, state.breakers, self._proxy.loop.time())
+            ejected = kept_out(pool, state.breakers, perf_counter())
             pool = available(pool, load, without=self._tried, ejected=ejected)
         arm = by_weight(pool, state.chance) if len(function.arms) > 1 else pool
         if arm and self._prompt is not None:
             return self._proxy.brain.choose(arm, function, self._prompt, state.chance)
-        turn = state.function(function.name).turn
-        found = pick(arm, function.policy.name, load, turn, state.chance)
+        found = pick(arm, function.policy.name, load, self._counts.turn, state.chance)
         return None if found is None else (found, None)
 
     def _choose_again(self) -> tuple[Candidate, Sent | None] | None:
@@ -372,9 +374,8 @@ class Exchange:
         if not self._left:
             return None
         found = self._choose()
-        budget = self._state.function(self._function.name).budget
         percent = self._function.policy.retry_budget_percent
-        if found is None or not budget.spend(self._proxy.loop.time(), percent):
+        if found is None or not self._counts.budget.spend(perf_counter(), percent):
             return None
         return found
 
@@ -390,7 +391,7 @@ class Exchange:
         state.in_flight.sent(replica)
         if state.breakers:
             breaker = state.breakers.get(replica)
-            if breaker is not None and breaker.state(self._proxy.loop.time()) == "half-open":
+            if breaker is not None and breaker.state(perf_counter()) == "half-open":
                 breaker.trying = True
                 self._breaker = breaker
         if sent is not None:
@@ -410,13 +411,13 @@ class Exchange:
             self._use(connection)
 
     async def _connect(self, pool: Pool) -> None:
-        began = self._proxy.loop.time()
+        began = perf_counter()
         try:
             connection = await pool.connect(self._function.policy.connect_timeout_s)
         except UpstreamFailed as error:
             self._attempt_failed(error)
             return
-        self._proxy.brain.connected(self._candidate, self._proxy.loop.time() - began)
+        self._proxy.brain.connected(self._candidate, perf_counter() - began)
         self._use(connection)
 
     def _use(self, connection: Connection) -> None:
@@ -533,7 +534,7 @@ class Exchange:
         elif isinstance(error, UpstreamTimeout):
             kind = "timeout"
         replica = self._candidate.id
-        breaker, now = self._state.breaker(replica), self._proxy.loop.time()
+        breaker, now = self._state.breaker(replica), perf_counter()
         before = breaker.state(now)
         breaker.failed(now, kind)
         if before == "closed" and breaker.state(now) == "open":
@@ -541,7 +542,7 @@ class Exchange:
 
     def _rest(self, head: ResponseHead) -> None:
         """It answered that it takes no more: for how long, it says itself or is guessed."""
-        breaker, now = self._state.breaker(self._candidate.id), self._proxy.loop.time()
+        breaker, now = self._state.breaker(self._candidate.id), perf_counter()
         if head.status == 500:
             breaker.failed(now, "refused")  # it shuts down
             return
@@ -552,7 +553,7 @@ class Exchange:
         """Passes the answer on."""
         record, client = self.record, self._client
         status = head.status
-        if self._sent is not None:
+        if self._sent is not None and not relay.complete:  # else it ends in a moment
             self._sent.first_token(streamed=head.content_type.startswith(_EVENTS))
         framing: Framing
         if status in (204, 304):

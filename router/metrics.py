@@ -7,10 +7,10 @@ Names follow OpenTelemetry's `gen_ai.*` where it has one. Not here: the log (acc
 
 from __future__ import annotations
 
-import asyncio
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from time import perf_counter
 from typing import Final
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -242,7 +242,7 @@ class Metrics(Collector):
             "1 for replicas that are kept out, 0.5 for those on trial.",
             labels=["replica"],
         )
-        now = asyncio.get_running_loop().time()
+        now = perf_counter()
         for replica, breaker in state.breakers.items():
             value = {"closed": 0.0, "half-open": 0.5, "open": 1.0}[breaker.state(now)]
             breakers.add_metric([replica], value)

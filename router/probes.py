@@ -9,6 +9,7 @@ Not here: what follows from the answers (core.health).
 from __future__ import annotations
 
 import asyncio
+from time import perf_counter
 from typing import Final
 
 from router.core.health import Failure
@@ -51,7 +52,7 @@ class Probes:
             return
         breaker = self._state.breakers.get(candidate.id)
         if failure is not None:
-            now = asyncio.get_running_loop().time()
+            now = perf_counter()
             breaker = breaker or self._state.breaker(candidate.id)
             # Slow is not dead: an engine under load may be late with its health.
             if failure != "timeout" and breaker.state(now) != "open":

@@ -114,7 +114,6 @@ class Relay:
             self.head = head
         if complete:
             self.complete = True
-            self._deadlines.forget(self)
         if self._transport is None:
             if data:
                 self._buffered.append(data)
@@ -212,7 +211,6 @@ class Relay:
         if self.complete or self.error is not None:
             return
         self.error = error
-        self._deadlines.forget(self)
         self._owner.ended(error)
 
     def expired(self) -> None:

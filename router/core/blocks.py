@@ -9,7 +9,6 @@ holds which block (index), or tokens: engines cut their own blocks, and bytes st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from struct import Struct
 from typing import Any, Final
@@ -39,8 +38,7 @@ _cut: Final = Struct(f"{BLOCK_BYTES}s").iter_unpack
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True, gc=False):
     """What routing knows of a prompt."""
 
     blocks: Sequence[int]

@@ -155,31 +155,36 @@ class Load:
         if ticket.phase != "prefill":
             return None
         ticket.phase = "decode"
-        return self._leave_queue(ticket, now)
+        queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
+        at_front_s = None
+        if next(iter(queue.pending)) is ticket:
+            at_front_s = self._at_front_s(ticket, now)
+        self._leave_queue(queue, ticket, now)
+        if self._queues[queue.slot] is queue:
+            self._publish(queue.slot)
+        return at_front_s
 
     def finish(self, ticket: Ticket, now: float) -> None:
         """It is over, whichever way and however far it had come."""
         if ticket.phase == "done":
             return
-        if ticket.phase == "prefill":
-            self._leave_queue(ticket, now)
-        ticket.phase = "done"
         queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
+        if ticket.phase == "prefill":
+            self._leave_queue(queue, ticket, now)
+        ticket.phase = "done"
         queue.requests -= 1
         queue.kv_tokens = queue.kv_tokens - ticket.kv_tokens if queue.requests else 0.0
-        self._publish_queue(queue)
+        if self._queues[queue.slot] is queue:
+            self._publish(queue.slot)
 
-    def _leave_queue(self, ticket: Ticket, now: float) -> float | None:
-        queue = ticket._queue  # noqa: SLF001 - a ticket is this module's own
-        at_front_s = None
-        if next(iter(queue.pending)) is ticket:
-            at_front_s = self._at_front_s(ticket, now)
+    def _leave_queue(self, queue: _Queue, ticket: Ticket, now: float) -> None:
+        pending = queue.pending
+        if next(iter(pending)) is ticket:
             queue.departed_at = now
-        del queue.pending[ticket]
+        del pending[ticket]
         # Sums of floats drift; an empty queue is zero.
-        queue.work_s = max(0.0, queue.work_s - ticket.work_s) if queue.pending else 0.0
-        self._publish_queue(queue)
-        return at_front_s
+        left_s = queue.work_s - ticket.work_s
+        queue.work_s = left_s if pending and left_s > 0.0 else 0.0
 
     def _at_front_s(self, head: Ticket, now: float) -> float | None:
         queue = head._queue  # noqa: SLF001 - a ticket is this module's own
@@ -237,10 +242,6 @@ class Load:
 
     def backlog_s(self, slot: int, now: float) -> float:
         return max(self.ready_at[slot] - now, self.floor_s[slot])
-
-    def _publish_queue(self, queue: _Queue) -> None:
-        if self._queues[queue.slot] is queue:
-            self._publish(queue.slot)
 
     def _publish(self, slot: int) -> None:
         queue, engine, others = self._queues[slot], self._engines[slot], self._others[slot]

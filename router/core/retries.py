@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from schemas.wire.routing import Policy
-
 RETRYABLE_STATUS: Final = frozenset({429, 502, 503})
 SHUTTING_DOWN: Final = b"cannot schedule new futures after shutdown"
 """In the body of the 500 with which a vLLM that drains answers new requests."""
@@ -48,7 +46,8 @@ class RetryBudget:
 
     def request(self, now: float) -> None:
         """Counts a request that a client sent."""
-        self._turn(now)
+        if now - self._start >= self.window_s / 2:
+            self._turn(now)
         self._requests += 1
 
     def spend(self, now: float, percent: float) -> bool:
@@ -60,8 +59,3 @@ class RetryBudget:
             return False
         self._retries += 1
         return True
-
-
-def attempts(policy: Policy) -> int:
-    """How often a request may be sent in all."""
-    return 1 + policy.retry_attempts

@@ -44,11 +44,8 @@ class Candidate:
     """Its arm is for one tenant alone."""
     cidrs: tuple[str, ...]
     """Networks the endpoint may be in; empty: any but link-local and metadata addresses."""
-
-    @property
-    def address(self) -> tuple[bool, str, int]:
-        """What a pooled connection is bound to."""
-        return self.tls, self.host, self.port
+    address: tuple[bool, str, int]
+    """TLS, host and port: what a pooled connection is bound to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +101,7 @@ def _candidate(
         route_header=f"x-detoserve-route: {shown};g={generation};d=".encode(),
         dedicated=len(arm.tenants) == 1,
         cidrs=cidrs,
+        address=(tls, url.hostname, port or (443 if tls else 80)),
     )
 
 

@@ -121,7 +121,7 @@ class ClientConnection(asyncio.Protocol):
         self._ahead: list[bytes] = []
         """Not even looked at: the client sent it while it was to wait for an answer."""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._target: list[bytes] = []
+        self._target = b""
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._head_bytes = 0
@@ -233,12 +233,11 @@ class ClientConnection(asyncio.Protocol):
         self._request.transport = self.transport
         self._headers = self._request.headers
         self._head_read = self._looked_at = False
-        self._target.clear()
-        self._body.clear()
+        self._target = b""
         self._body_bytes = 0
 
     def on_url(self, url: bytes) -> None:
-        self._target.append(url)
+        self._target += url  # in pieces where it came so
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._head_read:  # a trailer says nothing that anyone here would believe
@@ -247,18 +246,17 @@ class ClientConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         request, parser = self._request, self._parser
         assert request is not None
-        target = b"".join(self._target)
         headers = self._headers
         if self._head_bytes > MAX_HEAD_BYTES and (
-            len(target) + sum([len(name) + len(value) + 4 for name, value in headers])
+            len(self._target) + sum([len(name) + len(value) + 4 for name, value in headers])
             > MAX_HEAD_BYTES
         ):
             raise ValueError("the head is too large")
         if len(headers) > MAX_HEADERS:
             raise ValueError("too many headers")
         request.method = parser.get_method().decode("latin-1")
-        request.target = target.decode("latin-1")
-        request.path = request.target.partition("?")[0]
+        target = request.target = self._target.decode("latin-1")
+        request.path = target.partition("?")[0] if "?" in target else target
         request.modern = parser.get_http_version() == "1.1"
         request.keep_alive = parser.should_keep_alive()
         self._head_read = True
@@ -273,7 +271,7 @@ class ClientConnection(asyncio.Protocol):
         assert request is not None
         request.too_large = self._body_bytes > self._server.max_body_bytes
         request.body = body[0] if len(body) == 1 else b"".join(body)
-        body.clear()
+        self._body = []
         self._request = None
         self._head_read = False
         self._head_bytes = 0

@@ -7,38 +7,27 @@ from __future__ import annotations
 
 from asyncio import BaseTransport
 
+import msgspec
 
-class Request:
+
+class Request(msgspec.Struct, gc=False, eq=False):
     """Head and body. The body is complete when the request is handed on."""
 
-    __slots__ = (
-        "body",
-        "headers",
-        "keep_alive",
-        "method",
-        "modern",
-        "path",
-        "target",
-        "too_large",
-        "transport",
-    )
-
-    def __init__(self) -> None:
-        self.transport: BaseTransport | None = None
-        """It came by this connection."""
-        self.method = ""
-        self.target = ""
-        """As the client wrote it: path and query."""
-        self.path = ""
-        """Without the query."""
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.body = b""
-        self.too_large = False
-        """More than may be read was sent, and thrown away."""
-        self.keep_alive = False
-        """The client may send another request on this connection."""
-        self.modern = False
-        """HTTP/1.1: the answer may come in chunks."""
+    transport: BaseTransport | None = None
+    """It came by this connection."""
+    method: str = ""
+    target: str = ""
+    """As the client wrote it: path and query."""
+    path: str = ""
+    """Without the query."""
+    headers: list[tuple[bytes, bytes]] = []
+    body: bytes = b""
+    too_large: bool = False
+    """More than may be read was sent, and thrown away."""
+    keep_alive: bool = False
+    """The client may send another request on this connection."""
+    modern: bool = False
+    """HTTP/1.1: the answer may come in chunks."""
 
     @property
     def address(self) -> str:
