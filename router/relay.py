@@ -11,8 +11,9 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Final, Literal, Protocol
 
+import msgspec
+
 from router.core.errors import died_mid_stream
-from router.deadlines import Deadlines
 from router.upstream.connection import Connection, ResponseHead, UpstreamFailed, UpstreamTimeout
 
 Framing = Literal["length", "chunked", "close", "none"]
@@ -35,65 +36,30 @@ class Owner(Protocol):
         """Nothing more will come. Before `deliver`: nothing has been sent to the client."""
 
 
-class Relay:
-    """Receiver of one exchange."""
+class Relay(msgspec.Struct, eq=False):
+    """Receiver of one exchange; a struct for its speed alone. Watch it from when it is made."""
 
-    __slots__ = (
-        "_between_s",
-        "_buffered",
-        "_connection",
-        "_deadlines",
-        "_first_byte_s",
-        "_framing",
-        "_last",
-        "_owner",
-        "_paused",
-        "_stall_s",
-        "_streaming",
-        "_transport",
-        "chunks",
-        "complete",
-        "error",
-        "first_body_at",
-        "head",
-        "patience_s",
-        "sent_bytes",
-        "since",
-    )
-
-    def __init__(
-        self,
-        owner: Owner,
-        connection: Connection,
-        deadlines: Deadlines,
-        *,
-        first_byte_timeout_s: float,
-        between_chunks_timeout_s: float,
-        client_stall_timeout_s: float,
-    ) -> None:
-        self._owner = owner
-        self._connection = connection
-        self._deadlines = deadlines
-        self._first_byte_s = first_byte_timeout_s
-        self._between_s = between_chunks_timeout_s
-        self._stall_s = client_stall_timeout_s
-        self._transport: asyncio.Transport | None = None
-        self._framing: Framing = "length"
-        self._streaming: Callable[[bytes], None] | None = None
-        self._buffered: list[bytes] = []
-        self._last = b""
-        self._paused = False
-        self.head: ResponseHead | None = None
-        self.complete = False
-        self.error: Exception | None = None
-        self.chunks = 0
-        self.sent_bytes = 0
-        self.first_body_at = 0.0
-        """`perf_counter` seconds; 0 while there was none."""
-        self.since = perf_counter()
-        """When the engine was last heard of, or the client last read."""
-        self.patience_s = first_byte_timeout_s
-        deadlines.watch(self)
+    _owner: Owner
+    _connection: Connection
+    _between_s: float
+    _stall_s: float
+    patience_s: float
+    """Seconds to the first byte; later what else is waited for."""
+    since: float
+    """`perf_counter` seconds when the engine was last heard of, or the client last read."""
+    head: ResponseHead | None = None
+    complete: bool = False
+    error: Exception | None = None
+    chunks: int = 0
+    sent_bytes: int = 0
+    first_body_at: float = 0.0
+    """`perf_counter` seconds; 0 while there was none."""
+    _buffered: list[bytes] = []
+    _transport: asyncio.Transport | None = None
+    _framing: Framing = "length"
+    _streaming: Callable[[bytes], None] | None = None
+    _last: bytes = b""
+    _paused: bool = False
 
     # Receiver: called by the upstream connection.
 
@@ -146,10 +112,6 @@ class Relay:
             self._owner.ended(None)
         elif framing == "chunked":
             self._streaming = transport.write
-
-    def close(self) -> None:
-        """Stops the deadline. Every relay is closed, however it ended."""
-        self._deadlines.forget(self)
 
     def pause(self) -> None:
         """The client reads too slowly: read no more from the engine."""
@@ -220,4 +182,4 @@ class Relay:
         elif self.first_body_at:
             self._end(UpstreamTimeout("between-chunks", self._between_s))
         else:
-            self._end(UpstreamTimeout("first-byte", self._first_byte_s))
+            self._end(UpstreamTimeout("first-byte", self.patience_s))

@@ -74,7 +74,8 @@ class Api:
         if endpoint is None or request.method != "POST":
             endpoint = stored(request.method, request.path)
         if endpoint is not None:
-            Exchange(self._proxy, request, client, endpoint).begin()
+            record = self._proxy.record(request, endpoint.operation)
+            Exchange(self._proxy, self._state, request, client, endpoint, record).begin()
             return
         record = self._proxy.record(request, "")
         keep = request.keep_alive and not self._state.draining

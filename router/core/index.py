@@ -181,9 +181,9 @@ class PrefixIndex:
         if not blocks:
             return
         runs = cache.runs
-        if runs and (last := runs[-1]).live == len(last.blocks) == len(blocks):
-            if last.blocks[-1] == blocks[-1]:
-                return  # the same chain once more: it is the most recent already
+        last = runs[-1] if runs else None
+        if last and last.live == len(blocks) == len(last.blocks) and last.blocks[-1] == blocks[-1]:
+            return  # the same chain once more: it is the most recent already
         run = _Run(cache, blocks)
         holders = self._holders
         get = holders.get

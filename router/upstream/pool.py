@@ -42,6 +42,9 @@ class Pool:
     def __init__(self, candidate: Candidate, *, keepalive_s: float) -> None:
         self.address = candidate.address
         self._cidrs = candidate.cidrs
+        self._literal = _is_ip(candidate.host)
+        self._allowed = self._literal and all_allowed([candidate.host], candidate.cidrs)
+        """Once and for all; where there is a name, its addresses are looked at each time."""
         self._keepalive_s = keepalive_s
         self._idle: list[Connection] = []
         self._closed = False
@@ -87,12 +90,12 @@ class Pool:
 
     async def _open(self) -> Connection:
         tls, host, port = self.address
-        if _is_ip(host):
+        if self._literal:
             addresses = [host]
         else:
             found = await self._loop.getaddrinfo(host, port, type=SOCK_STREAM)
             addresses = [str(entry[4][0]) for entry in found]
-        if not all_allowed(addresses, self._cidrs):
+        if not self._allowed and not all_allowed(addresses, self._cidrs):
             raise EndpointForbidden(f"{host} is at an address that is not allowed")
         for number, address in enumerate(addresses, 1):
             try:
