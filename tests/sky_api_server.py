@@ -71,6 +71,8 @@ class FakeService:
     answering: bool = True
     controllers: int = 1
     user: str = ""
+    numbered: bool = False
+    """A next version has its number, and no task yet: an update passes through that for seconds."""
     yaml: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -202,7 +204,7 @@ class SkyApiServer:
                 "status": s.shown_status(),
                 "uptime": 1,
                 "policy": "Fixed-size",
-                "version": s.version,
+                "version": s.version + s.numbered,
                 "active_versions": [s.version],
                 "requested_resources_str": "1x",
                 "load_balancing_policy": "least_load",
@@ -213,7 +215,7 @@ class SkyApiServer:
                 "hash": s.hash,
                 "entrypoint": "",
                 "user_hash": s.user,
-                "yaml_content": s.yaml_content(),
+                "yaml_content": None if s.numbered else s.yaml_content(),
                 "pool_yaml": "",
                 "target_num_replicas": s.wanted if s.answering else None,
                 "replica_info": [r.row() for r in s.replicas],

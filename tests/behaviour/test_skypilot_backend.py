@@ -367,6 +367,27 @@ async def test_replicas_before_a_roll_keep_their_spec_also_over_a_restart(lab: L
     assert await seen(await lab.backend()) == now
 
 
+async def test_a_version_that_has_no_task_yet_takes_no_replica_away(lab: Lab) -> None:
+    backend, workload = await lab.backend(), sky_workload()
+    await backend.apply(Create(workload, ""))
+    before = await ready(lab, backend, workload)
+    service = lab.server.services[workload.name]
+    service.numbered = True
+    await looks(lab)
+    assert await seen(backend) == before
+    await backend.close()
+
+    # After a restart nobody knows what its replicas run, and unknown is not absent.
+    backend = await lab.backend()
+    await looks(lab)
+    unknown = await backend.observe()
+    assert isinstance(unknown, Unknown)
+    assert workload.name in unknown.reason
+    service.numbered = False
+    await looks(lab)
+    assert await seen(backend) == before
+
+
 async def test_a_refusal_is_told_retried_and_superseded_at_once(lab: Lab) -> None:
     lab.server.refuse["chat--gpus"] = ("ValueError", "\x1b[31mCluster lab not found\x1b[0m\nin it")
     backend, workload = await lab.backend(), sky_workload()

@@ -291,7 +291,24 @@ class SkyPilotBackend:
                 # There is no controller at all, and so no service.
                 return {}
             raise
-        return await asyncio.to_thread(self._reader.read, rows)
+        services = await asyncio.to_thread(self._reader.read, rows)
+        return {name: self._with_task(service) for name, service in services.items()}
+
+    def _with_task(self, service: Service) -> Service:
+        """The service as of its last version that has a task: an update numbers the next one first.
+
+        Raises:
+            BackendUnreachable: it has run a task of ours, and which is not known here any more.
+        """
+        if service.marks is not None:
+            return service
+        before = (self._services or {}).get(service.name)
+        if before is not None and before.incarnation == service.incarnation:
+            return replace(service, version=before.version, marks=before.marks)
+        note = self._notes.get(service.name)
+        if note is not None and note.incarnation == service.incarnation:
+            raise BackendUnreachable(f"{service.name} is being updated and shows no task yet")
+        return service
 
     async def _finish_requests(self) -> list[Pending] | None:
         """Our unfinished requests (None where that was not asked); results of finished are taken in."""
