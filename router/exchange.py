@@ -288,7 +288,11 @@ class Exchange(msgspec.Struct, eq=False):
         if (
             self._functions
             or not function.policy.queue_max_wait_s
-            or not full(candidates, self._state.in_flight.by_replica, ejected)
+            # Where others wait there may be room that has just come: it is theirs.
+            or not (
+                proxy.queues.must_wait(function.name)
+                or full(candidates, self._state.in_flight.by_replica, ejected)
+            )
         ):
             raise Refused(errors.at_capacity(function.name))
         place = proxy.queues.enter(
