@@ -152,8 +152,8 @@ class Router:
             self._finished,
             self.brain,
             tracing,
-            self.signals,
             limiter=self.limiter,
+            signals=self.signals,
         )
         self._stack.callback(self.proxy.queues.close)
         self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))

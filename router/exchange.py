@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import msgspec
+from msgspec.structs import replace
 
 from router.brain import Sent
 from router.core import errors
@@ -283,7 +284,8 @@ class Exchange(msgspec.Struct, eq=False):
         function, proxy = self._function, self._proxy
         candidates, breakers = self._candidates, self._state.breakers
         if not candidates:
-            raise Refused(errors.no_replica(function.name))
+            self._wake()
+            return
         ejected = kept_out(candidates, breakers, perf_counter()) if breakers else ()
         if (
             self._functions
@@ -301,6 +303,36 @@ class Exchange(msgspec.Struct, eq=False):
         if isinstance(place, Refusal):
             raise Refused(place)
         self._place = place
+
+    def _wake(self) -> None:
+        """Waits for a function that sleeps, where it does and no other is to be asked."""
+        function, proxy = self._function, self._proxy
+        if not function.wake_wait_s:
+            raise Refused(errors.no_replica(function.name))
+        proxy.signals.wakes(function.name)
+        if self._functions:
+            raise Refused(errors.no_replica(function.name))
+        policy = replace(function.policy, queue_max_wait_s=function.wake_wait_s)
+        place = proxy.queues.enter(
+            replace(function, policy=policy),
+            self._principal.tenant,
+            sum(self._estimated()),
+            self._try_awake,
+            self._refuse,
+        )
+        if isinstance(place, Refusal):
+            raise Refused(place)
+        self._place = place
+
+    def _try_awake(self) -> bool:
+        """Its turn, if the newest table has a replica for it."""
+        snapshot = self._state.snapshot
+        if snapshot is not None and snapshot is not self._snapshot:
+            function = snapshot.functions.get(self._function.name)
+            if function is not None:
+                self._snapshot, self._function = snapshot, function
+                self._candidates = snapshot.candidates(function, self._principal.tenant)
+        return bool(self._candidates) and self._try()
 
     def _try(self) -> bool:
         """Its turn: whether it need not wait any more."""

@@ -74,9 +74,9 @@ class Proxy:
         finished: Callable[[RequestRecord], None],
         brain: Brain,
         tracing: Tracing | None = None,
-        signals: Signals | None = None,
         *,
         limiter: Limiter,
+        signals: Signals,
     ) -> None:
         self.state = state
         self.settings = settings
@@ -136,8 +136,7 @@ class Proxy:
 
     def abandoned(self, replica: str) -> None:
         """An attempt came to nothing, and another is made: the record tells of the last one alone."""
-        if self.signals is not None:
-            self.signals.ended(replica, failed=True)
+        self.signals.ended(replica, failed=True)
 
     def refused(self, refusal: Refusal, record: RequestRecord) -> None:
         """Notes in the record that the router answered itself."""

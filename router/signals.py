@@ -64,6 +64,7 @@ class Signals:
         self._arrived: dict[str, int] = {}
         self._told_arms: dict[tuple[str, str, str, str], ArmSignals] = {}
         self._told_functions: dict[str, FunctionSignals] = {}
+        self._sleeping: set[str] = set()
         self._urgent = asyncio.Event()
         state.on_install.append(self._installed)
 
@@ -100,8 +101,9 @@ class Signals:
             bucket = ttft_bucket(ttft_s)
             arm.ttft[bucket] = arm.ttft.get(bucket, 0) + 1
 
-    def wakes(self) -> None:
-        """A request has begun to wait: told at once, not with the next second."""
+    def wakes(self, function: str) -> None:
+        """A request finds a function asleep: told at once, also where another answers in its place."""
+        self._sleeping.add(function)
         self._urgent.set()
 
     def message(self, *, full: bool) -> RouterSignals:
@@ -124,7 +126,10 @@ class Signals:
             )
             for key, arm in self._arms.items()
         }
-        waiting = self._waiting()
+        waiting = dict(self._waiting())
+        for name in self._sleeping:
+            waiting[name] = max(1, waiting.get(name, 0))
+        self._sleeping.clear()
         functions = {
             name: FunctionSignals(name, self._arrived.get(name, 0), waiting.get(name, 0))
             for name in self._arrived.keys() | waiting.keys()

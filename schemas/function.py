@@ -233,6 +233,8 @@ class Scaling(StrictModel):
     """How long the metric must be above its target before a replica is added."""
     downscale_delay: Duration = 1200.0
     """How long the metric must be below its target before a replica is removed."""
+    wake_timeout: PositiveDuration = 300.0
+    """How long a request waits for a function that sleeps; as many wait as the queue of its routing allows."""
     standby_replicas: Annotated[int, Field(ge=0, le=512)] = 0
     """More than qps, concurrency or kvUsage ask for, up to maxReplicas: ready before they are needed."""
 

@@ -76,6 +76,8 @@ def _recorded(state: StateDir) -> Mapping[str, ObservedWorkload]:
             )
             continue
         told = record.workload
+        if told.arm:
+            continue  # of a roll under way, which no plan of the repo's knows
         found[told.name] = ObservedWorkload(
             name=told.name,
             deployment=told.deployment,

@@ -24,6 +24,8 @@ _GRACE_S: Final = 60.0
 """Over the readiness delay, for pulling and scheduling."""
 _CLEARLY: Final = 2.0
 """So many times the allowed increase ends a step early."""
+_NO_ACCIDENT: Final = 3
+"""Failures of fewer requests than are to judge a step."""
 _SOME_HITS: Final = 0.05
 """Below this the stable arm's hit rate is nothing to compare with."""
 
@@ -170,7 +172,8 @@ def _step(
         return _with_canary(wanted, kept, state, said)
     new, old = judged.new - state.before_new, judged.old - state.before_old
     over = now - state.since >= step.hold
-    if new.attempts >= gates.min_requests and (reason := failed_gate(gates, new, old, over=over)):
+    judged_enough = new.attempts >= gates.min_requests or fails_surely(gates, new)
+    if judged_enough and (reason := failed_gate(gates, new, old, over=over)):
         return _back(kept, state, f"at {step.weight_percent} %: {reason}")
     if not over or new.attempts < gates.min_requests or ready < needed:
         return _with_canary(wanted, kept, state, said)
@@ -183,6 +186,15 @@ def _step(
     state = replace(state, promoting=True, since=None)
     said = f"canary of {state.trying[:8]} has held all its steps: the rest rolls"
     return _with_canary(wanted, wanted, state, said)
+
+
+def fails_surely(gates: Gates, new: Totals) -> bool:
+    """Whether too many have failed already, should all the others that are to judge it succeed.
+
+    A replica that fails is soon sent nothing more, and would never be judged otherwise.
+    """
+    share = 100.0 * new.failed / max(new.attempts, gates.min_requests)
+    return new.failed >= _NO_ACCIDENT and share > gates.max_error_percent
 
 
 def failed_gate(gates: Gates, new: Totals, old: Totals, *, over: bool) -> str:

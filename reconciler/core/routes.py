@@ -57,8 +57,14 @@ def compile_routes(
     backends = {c.metadata.name: backend_of(c) for c in clusters}
     _add_staying(arms, desired, observed, before, staying, backends)
     known = {f.name: f for f in before.functions} if before else {}
+    sleepy = {w.function for w in desired.workloads.values() if _may_sleep(w)}
     made = [
-        _dated(_function(f, platform, arms.of(f.metadata.name)), known, revision) for f in functions
+        _dated(
+            _function(f, platform, arms.of(f.metadata.name), sleeps=f.metadata.name in sleepy),
+            known,
+            revision,
+        )
+        for f in functions
     ]
     gone = _still_running(before, made, arms)
     placed = {place[1] for found in arms.found.values() for place in found}
@@ -231,8 +237,16 @@ def _replica(replica: ObservedReplica) -> routing.Replica:
     )
 
 
+def _may_sleep(workload: Workload) -> bool:
+    return workload.scaling is not None and workload.scaling.min_replicas == 0
+
+
 def _function(
-    value: function.Function, platform: PlatformSpec, arms: tuple[routing.Arm, ...]
+    value: function.Function,
+    platform: PlatformSpec,
+    arms: tuple[routing.Arm, ...],
+    *,
+    sleeps: bool,
 ) -> routing.Function:
     spec, name = value.spec, value.metadata.name
     if limit := spec.routing.max_concurrent:
@@ -255,6 +269,7 @@ def _function(
         ),
         max_model_len=spec.runtime.max_model_len,
         limits=_limits(spec.limits),
+        wake_wait_s=spec.scaling.wake_timeout if sleeps else 0.0,
         arms=arms,
     )
 

@@ -202,7 +202,8 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
     routers = len(world.routing.routers)
     counted = f"{len(up_fresh)} of {workload.replicas} replicas ready"
     if complete and not leaving and not behind:
-        reason = "Suspended" if workload.replicas == 0 else "Serving"
+        asleep = "Asleep" if workload.scaling else "Suspended"
+        reason = asleep if workload.replicas == 0 else "Serving"
         live = f"; live on {routers} router{'s' * (routers != 1)}" if routers else ""
         conditions.append(_condition("Ready", True, reason, counted + live))
     else:
@@ -289,7 +290,10 @@ def _function(view: _View, name: str) -> tuple[list[Document], Document]:
     mine = view.by_function.get(name, ())
     seen = [current for w in mine if (current := view.of_workload(w))]
     up = sum(current.count(Phase.READY) for current in seen)
-    facts: Document = {"deployments": [w.deployment for w in mine], "readyReplicas": up}
+    facts: Document = {
+        "deployments": list(dict.fromkeys(w.deployment for w in mine)),
+        "readyReplicas": up,
+    }
     if not mine:
         return [_condition("Ready", False, "NotDeployed", "no Deployment runs it")], facts
     if up:

@@ -180,6 +180,8 @@ def _scaled(
 def _load(workload: Workload, signals: Signals, now: float, sharing: int) -> Load | None:
     assert workload.scaling is not None
     low, high = _RATE_OVER_S
+    if workload.scaling.metric is None:
+        high = low  # whether anybody asks at all
     load = signals.load(
         workload.function,
         (workload.deployment, workload.deployment + ARM_SUFFIX),

@@ -48,6 +48,8 @@ def deployment_lines(world: World) -> dict[str, DeploymentLine]:
     backends = {o.backend for o in world.observed}
     lines = {}
     for workload in world.desired.workloads.values():
+        if workload.arm:
+            continue  # the second one of a roll, of which status tells
         current = observed.get(workload.name)
         replicas = current.replicas if current else ()
         up = [r for r in replicas if r.phase is Phase.READY]

@@ -107,6 +107,8 @@ class Function(Record, frozen=True, kw_only=True):
     max_model_len: int | None = None
     limits: Limits = Limits()
     """Over all tenants together."""
+    wake_wait_s: float = 0.0
+    """Above 0: it may sleep, and a request that finds no replica waits so long for one."""
     arms: tuple[Arm, ...] = ()
 
 

@@ -79,7 +79,7 @@ async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp
             held["f"] = 2
 
             async def told() -> bool:
-                counted.wakes()
+                counted.wakes("f")
                 return any(urgent)
 
             await eventually(told)

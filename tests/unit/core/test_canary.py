@@ -185,6 +185,17 @@ def test_errors_bring_it_back_before_its_time_is_up_and_it_is_not_tried_again():
     assert [e.split(":")[0] for e in stage.events] == ["Canary", "RolledBack"]
 
 
+def test_what_fails_surely_is_not_waited_for():
+    stage, *_ = begun(minRequests=1000, maxErrorPercent=1)
+    stage.step()
+    stage.serve("a/canary", 10, failed=10)
+    stage.step()
+    assert stage.shares()["a/canary"] == 10
+    stage.serve("a/canary", 1, failed=1)
+    stage.step()
+    assert stage.shares() == {"a": 100}
+
+
 def test_while_it_is_held_back_the_number_follows_and_a_revert_or_another_template_ends_it():
     stage, old, _ = begun()
     stage.step()
