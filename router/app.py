@@ -48,6 +48,7 @@ from router.static_table import StaticTable
 from router.table import RedisTable
 from router.trace_settings import start_tracing
 from schemas.wire.envelope import public_key_from_hex
+from schemas.wire.events import EngineReport
 from schemas.wire.routing import RoutingTable
 
 _log: Final = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ class Router:
         self.settings = settings
         self.state = RouterState(upstream_keepalive_s=settings.upstream_keepalive_s)
         self.metrics = Metrics(self.state, tenants=settings.tenant_metrics)
-        self.signals = Signals(self.state, settings.router_id, waiting=self._waiting)
+        self.signals = Signals(
+            self.state, settings.router_id, waiting=self._waiting, engine=self._engine
+        )
         self.url = ""
         self.admin_url = ""
         self.agent_url = ""
@@ -116,6 +119,10 @@ class Router:
         trace: TracebackType | None,
     ) -> None:
         await self._stop()
+
+    def _engine(self, replica: str) -> EngineReport | None:
+        slot = self.brain.slots.get(replica)
+        return None if slot is None else self.brain.reports.last(slot)
 
     def _waiting(self) -> dict[str, int]:
         return self.proxy.queues.by_function()

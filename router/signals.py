@@ -20,6 +20,7 @@ from router.core.snapshot import Snapshot
 from router.records import RequestRecord
 from router.state import RouterState
 from schemas.wire import redis_keys
+from schemas.wire.events import EngineReport
 from schemas.wire.routing import RoutingTable
 from schemas.wire.signals import ArmSignals, FunctionSignals, RouterSignals, ttft_bucket
 
@@ -44,7 +45,8 @@ class _Arm:
 class Signals:
     """Owned by one event loop. `finished` is called for every request: it is cheap.
 
-    `waiting` says how many requests each function holds, where any are held.
+    `waiting` says how many requests each function holds, where any are held; `engine` what the engine
+    of a replica last said of itself, where it did.
     """
 
     def __init__(
@@ -53,11 +55,13 @@ class Signals:
         router_id: str,
         *,
         waiting: Callable[[], Mapping[str, int]] = dict,
+        engine: Callable[[str], EngineReport | None] = lambda _: None,
     ) -> None:
         self._state = state
         # A process that starts again counts from nothing: it is another router to whoever adds up.
         self._router = f"{router_id}/{os.urandom(6).hex()}"
         self._waiting = waiting
+        self._engine = engine
         self._seq = 0
         self._arms: dict[tuple[str, str, str, str], _Arm] = {}
         self._of_replica: dict[str, _Arm] = {}
@@ -114,6 +118,11 @@ class Signals:
             arm = self._of_replica.get(replica)
             if arm is not None:
                 flying[arm.key] = flying.get(arm.key, 0) + count
+        engines: dict[tuple[str, str, str, str], list[EngineReport]] = {}
+        for replica, arm in self._of_replica.items():
+            report = self._engine(replica)
+            if report is not None:
+                engines.setdefault(arm.key, []).append(report)
         arms = {
             key: ArmSignals(
                 *key,
@@ -123,6 +132,8 @@ class Signals:
                 arm.input_tokens,
                 arm.cached_tokens,
                 flying.get(key, 0),
+                sum(report.waiting for report in engines.get(key, ())),
+                _mean([report.kv_usage for report in engines.get(key, ())]),
             )
             for key, arm in self._arms.items()
         }
@@ -184,3 +195,8 @@ class Signals:
         self._of_replica, self._arms = of_replica, arms
         names = {function.name for function in table.functions}
         self._arrived = {name: n for name, n in self._arrived.items() if name in names}
+
+
+def _mean(shares: list[float]) -> float | None:
+    # To a hundredth: what differs less is not worth telling.
+    return round(sum(shares) / len(shares), 2) if shares else None

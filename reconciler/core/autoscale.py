@@ -136,7 +136,7 @@ def _ratio(scaling: Scaling, load: Load, n: int) -> float:
     target = scaling.target or inf
     match scaling.metric:
         case "queueDepth":
-            return load.waiting / n / target
+            return (load.waiting + load.queued) / n / target
         case "ttft":
             # Nobody answered while requests wait is no good sign.
             seconds = load.ttft_p95_s if load.ttft_p95_s is not None else 0.0
@@ -187,7 +187,7 @@ def _why(scaling: Scaling, load: Load) -> str:
             share = "unknown" if load.kv_usage is None else f"{load.kv_usage:.0%}"
             return f"KV use {share} at {target:.0%} a replica"
         case "queueDepth":
-            return f"{load.waiting} waiting at {target:g} a replica"
+            return f"{load.waiting + load.queued} waiting at {target:g} a replica"
         case "ttft":
             shown = "no answer" if load.ttft_p95_s is None else f"{load.ttft_p95_s:.3g} s"
             return f"time to first token {shown} at {target:g} s"

@@ -86,6 +86,8 @@ class Load:
     in_flight: int = 0
     waiting: int = 0
     """Held by routers, of the whole function."""
+    queued: int = 0
+    """Of those in flight, the ones that wait inside engines."""
     kv_usage: float | None = None
     ttft_p95_s: float | None = None
 
@@ -163,6 +165,12 @@ class Signals:
             if mine(key):
                 ended += total - before.get(key, Totals())
         started = ended.attempts + in_flight - sum(n for key, n in flew.items() if mine(key))
+        queued: dict[ArmKey, int] = {}
+        for router in self._lively(now):
+            for key, arm in router.arms.items():
+                if mine(key):
+                    # Each router repeats what the engines say.
+                    queued[key] = max(queued.get(key, 0), arm.queued)
         usages = [
             arm.kv_usage
             for router in self._lively(now)
@@ -173,6 +181,7 @@ class Signals:
             requests_per_s=max(0, started) / max(now - at, 1.0),
             in_flight=in_flight,
             waiting=self.waiting(function, now),
+            queued=sum(queued.values()),
             kv_usage=max(usages) if usages else None,
             ttft_p95_s=ended.ttft_s(),
         )

@@ -14,11 +14,6 @@ from schemas.kinds import ConfigSpec
 
 NOT_YET: Final[dict[str, tuple[str, ...]]] = {
     "Function": (
-        "scaling.maxReplicas",
-        "scaling.metric",
-        "scaling.target",
-        "scaling.upscaleDelay",
-        "scaling.downscaleDelay",
         "routing.sessionAffinity",
         "routing.queue",
         "limits",
@@ -33,11 +28,7 @@ NOT_YET: Final[dict[str, tuple[str, ...]]] = {
         "keys[].limits",
     ),
     "Cluster": ("kai.parentQueue",),
-    "Deployment": (
-        "shadow",
-        "rollout.steps",
-        "rollout.gates",
-    ),
+    "Deployment": ("shadow",),
     "Platform": ("routing.sessionAffinity", "routing.queue"),
 }
 

@@ -38,6 +38,8 @@ class ArmSignals(msgspec.Struct, frozen=True, array_like=True):
     """Of the input tokens, as engines say."""
     in_flight: int = 0
     """Now."""
+    queued: int = 0
+    """Now: of those in flight from anybody, the ones that wait inside engines, as engines say."""
     kv_usage: float | None = None
     """Now: mean over the replicas that say, 0 to 1; None where none does."""
 

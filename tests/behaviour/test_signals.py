@@ -17,6 +17,7 @@ from reconciler.publish.valkey import EmbeddedValkey
 from router.signals import Signals
 from router.state import RouterState
 from schemas.wire import redis_keys
+from schemas.wire.events import EngineReport
 from schemas.wire.routing import Arm, Function, Replica, RoutingTable
 from tests.support import eventually
 
@@ -55,7 +56,11 @@ async def running(*works) -> AsyncIterator[None]:
 async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp_path):
     state = RouterState(upstream_keepalive_s=1)
     held: dict[str, int] = {}
-    counted = Signals(state, "r1", waiting=lambda: held)
+    reports = {
+        name: EngineReport(replica=name, at=1.0, waiting=2, kv_usage=use)
+        for name, use in (("r-1", 0.2), ("r-2", 0.4))
+    }
+    counted = Signals(state, "r1", waiting=lambda: held, engine=reports.get)
     state.install(table(1, "r-1", "r-2"), 2e9)
     for failed in (False, False, True):
         counted.ended("r-1", failed=failed, ttft_s=0.2, input_tokens=100, cached_tokens=25)
@@ -72,7 +77,7 @@ async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp
             assert (total.failed, total.hit_ratio) == (1, 0.25)
             load = heard.load("f", ["chat"], "here", time.monotonic(), over_s=5)
             assert load is not None
-            assert load.in_flight == 1
+            assert (load.in_flight, load.queued, load.kv_usage) == (1, 4, 0.3)
         assert not any(urgent)
         async with running(watch.run(), counted.run(redis, interval_s=60)):
             await eventually(lambda: redis.pubsub_numsub(redis_keys.SIGNALS_CHANNEL))

@@ -54,13 +54,6 @@ def test_want_of_room_is_said() -> None:
     )
 
 
-def test_a_canary_is_said_to_roll() -> None:
-    canary = {"strategy": "canary", "steps": [{"weightPercent": 10}]}
-    assert text(replica(Phase.READY), rollout=canary) == (
-        "a local cluster rolls where canary is asked for"
-    )
-
-
 def test_deleting() -> None:
     assert text(replica(Phase.DRAINING), deleting=True) == (
         "deleting: 1 replica to finish requests"

@@ -37,8 +37,6 @@ def describe(
             parts.append(f"maxProcesses {limit} leaves no room for a surge: replaced one by one")
         else:
             parts.append(f"maxProcesses {limit} is reached: {_count(steps.waiting)} waiting")
-    if workload.rollout.strategy == "canary":
-        parts.append("a local cluster rolls where canary is asked for")
     return "; ".join(parts)
 
 

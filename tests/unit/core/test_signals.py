@@ -113,6 +113,15 @@ def test_percentiles_and_cache_hits_come_from_sums_over_routers():
     assert Totals().hit_ratio is None
 
 
+def test_what_engines_say_is_not_counted_once_for_each_router():
+    signals = Signals()
+    for router in ("r", "s"):
+        signals.take(say(arm(queued=6, kv_usage=0.5, in_flight=4), router=router), 0.0)
+    load = signals.load("f", ["chat"], "here", 0.0, over_s=10)
+    assert load is not None
+    assert (load.in_flight, load.queued, load.kv_usage) == (8, 6, 0.5)
+
+
 def test_what_is_no_more_is_forgotten():
     signals = Signals()
     signals.take(say(arm(5)), 0.0)
