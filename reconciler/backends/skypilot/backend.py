@@ -295,20 +295,16 @@ class SkyPilotBackend:
         return {name: self._with_task(service) for name, service in services.items()}
 
     def _with_task(self, service: Service) -> Service:
-        """The service as of its last version that has a task: an update numbers the next one first.
+        """The service as of its last version that had a task: an update numbers the next one first.
 
-        Raises:
-            BackendUnreachable: it has run a task of ours, and which is not known here any more.
+        An update that was cut off leaves it so; what was last known of the service is then in its note.
         """
         if service.marks is not None:
             return service
-        before = (self._services or {}).get(service.name)
-        if before is not None and before.incarnation == service.incarnation:
-            return replace(service, version=before.version, marks=before.marks)
         note = self._notes.get(service.name)
-        if note is not None and note.incarnation == service.incarnation:
-            raise BackendUnreachable(f"{service.name} is being updated and shows no task yet")
-        return service
+        if note is None or note.incarnation != service.incarnation:
+            return service
+        return replace(service, version=max(note.digests, default=1), marks=note.marks)
 
     async def _finish_requests(self) -> list[Pending] | None:
         """Our unfinished requests (None where that was not asked); results of finished are taken in."""
@@ -488,10 +484,13 @@ class SkyPilotBackend:
             note = self._notes.get(name, Note())
             same = note.incarnation == service.incarnation
             digests = dict(note.digests) if same else {}
-            if digests.get(service.version) != service.marks.spec_digest:
+            if (
+                digests.get(service.version) != service.marks.spec_digest
+                or note.marks != service.marks
+            ):
                 digests[service.version] = service.marks.spec_digest
                 fresh = msgspec.structs.replace(
-                    note, incarnation=service.incarnation, digests=digests
+                    note, incarnation=service.incarnation, digests=digests, marks=service.marks
                 )
                 with contextlib.suppress(OSError):
                     await self._write(name, fresh)

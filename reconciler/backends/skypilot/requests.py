@@ -16,6 +16,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from reconciler.core.skypilot.service import Marks
+
 DRAIN_TIMEOUT_S: Final = 120.0
 """Where nothing else is known; what SkyServe itself gives a replica."""
 Verb = Literal["up", "update", "down"]
@@ -38,11 +40,12 @@ class Flight(msgspec.Struct, frozen=True):
 class Note(msgspec.Struct, frozen=True):
     """What is known of one service besides what SkyPilot shows.
 
-    `digests`: of templates, by version of the service of this `incarnation`. `template`: plain data,
+    `marks`: the newest seen of this `incarnation`; `digests`: of templates, by version. `template`: plain data,
     of `template_digest`. `drain_timeout_s`: how long its replicas may finish when it goes.
     """
 
     incarnation: str = ""
+    marks: Marks | None = None
     digests: dict[int, str] = {}
     template: dict[str, Any] = {}
     template_digest: str = ""
