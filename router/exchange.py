@@ -33,7 +33,7 @@ from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import is_retryable
 from router.core.snapshot import Candidate, Snapshot
 from router.downstream.answer import STATUS_LINES, refuse
-from router.downstream.connection import ClientConnection
+from router.downstream.connection import ClientConnection, where
 from router.downstream.request import Request
 from router.limiter import Admission
 from router.proxy import Proxy, answers, meant
@@ -641,8 +641,13 @@ class Exchange(msgspec.Struct, eq=False):
 
     def _fail(self, error: BaseException) -> None:
         """A defect of the router's own ends this request and no other."""
+        delivering = self._delivering
         self._end(keep=None)
-        self._client.failed(error)
+        if delivering:
+            _log.error("a request failed in the router: %s", where(error))
+            self._client.abort()  # an answer that is cut is no answer; a second one would be a lie
+        else:
+            self._client.failed(error)
 
     def _settle(self, admission: Admission) -> None:
         """Gives back what it did not need."""

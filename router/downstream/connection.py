@@ -86,6 +86,7 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_ahead_bytes",
         "_body",
         "_body_bytes",
         "_complete",
@@ -121,6 +122,7 @@ class ClientConnection(asyncio.Protocol):
         self._ahead: list[bytes] = []
         """Not even looked at: the client sent it while it was to wait for an answer."""
         self._headers: list[tuple[bytes, bytes]] = []
+        self._ahead_bytes = 0
         self._target = b""
         self._body: list[bytes] = []
         self._body_bytes = 0
@@ -170,7 +172,8 @@ class ClientConnection(asyncio.Protocol):
             self._read(data)
             return
         self._ahead.append(data)
-        if not self._reading_paused and sum(map(len, self._ahead)) > MAX_AHEAD_BYTES:
+        self._ahead_bytes += len(data)
+        if not self._reading_paused and self._ahead_bytes > MAX_AHEAD_BYTES:
             assert self.transport is not None
             self._reading_paused = True
             self.transport.pause_reading()
@@ -327,6 +330,7 @@ class ClientConnection(asyncio.Protocol):
             return
         data = b"".join(self._ahead)
         self._ahead.clear()
+        self._ahead_bytes = 0
         if self._reading_paused and self.transport is not None:
             self._reading_paused = False
             self.transport.resume_reading()
@@ -351,6 +355,9 @@ class ClientConnection(asyncio.Protocol):
         if self._request is not None and self._head_read and not self._deaf:
             self._refuse(BODY_TIMEOUT)
             self._server.deadlines.watch(self)
+        elif self._request is None and not self._deaf and self.transport is not None:
+            self._deaf = True
+            self.transport.close()  # idle: a client that comes back sees an end, not a fault
         else:
             self.abort()
 
