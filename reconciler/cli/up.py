@@ -71,6 +71,14 @@ def run(
             show_default=False,
         ),
     ] = None,
+    skypilot: Annotated[
+        bool,
+        typer.Option(
+            "--skypilot",
+            help="Start SkyPilot's API server here, for clusters of kubernetes, slurm and clouds. "
+            "[default: the one at $SKYPILOT_API_SERVER_ENDPOINT, if any]",
+        ),
+    ] = False,
     output: Annotated[
         Output, typer.Option("--output", "-o", help="text for people, json: an event a line.")
     ] = Output.TEXT,
@@ -90,7 +98,13 @@ def run(
         JsonScreen(Console()) if output is Output.JSON else TextScreen(Console(highlight=False))
     )
     settings = UpSettings(
-        config=config, path=path, state_dir=state_dir, host=host, port=port, redis_url=redis_url
+        config=config,
+        path=path,
+        state_dir=state_dir,
+        host=host,
+        port=port,
+        redis_url=redis_url,
+        skypilot=skypilot,
     )
 
     async def main() -> None:

@@ -53,6 +53,7 @@ class Child:
         self._stopping = False
         self._process: asyncio.subprocess.Process | None = None
         self.restarts = 0
+        self._sessions: set[int] = set()
 
     async def run(self) -> None:
         """Keeps it running until `stop`; cancelling this kills it."""
@@ -97,11 +98,17 @@ class Child:
                 start_new_session=True,
             )
         self._process = process
+        self._sessions.add(process.pid)
         self._pid_path.write_text(f"{process.pid}\n")
         assert process.stdout is not None
         async for raw in process.stdout:
             self._on_line(raw.decode(errors="replace").rstrip("\n"))
         return await process.wait()
+
+    @property
+    def sessions(self) -> frozenset[int]:
+        """Every session it led so far, by id; what it started may still be in one."""
+        return frozenset(self._sessions)
 
     def _is_stopping(self) -> bool:
         # A call, because mypy believes that an attribute cannot change across an await.

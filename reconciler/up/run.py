@@ -20,6 +20,8 @@ from typing import IO, Final
 
 import psutil
 
+from reconciler.backends.skypilot import ApiSettings, api_settings
+from reconciler.core.observed import Observation
 from reconciler.core.status import World
 from reconciler.errors import Stalled
 from reconciler.loop.wiring import Assembly, ReconcilerSettings
@@ -28,6 +30,7 @@ from reconciler.up.api_key import api_key_for
 from reconciler.up.children import Child
 from reconciler.up.config_repo import open_or_create
 from reconciler.up.progress import Ready, Screen, all_live, deployment_lines
+from reconciler.up.skypilot import local_server
 from schemas.function import Function
 
 log = logging.getLogger("detoserve.up")
@@ -46,6 +49,8 @@ class UpSettings:
     host: str = "127.0.0.1"
     port: int | None = None
     redis_url: str | None = None
+    skypilot: bool = False
+    """Start a SkyPilot API server here, where none is named by the environment."""
 
 
 @dataclass(slots=True)
@@ -98,6 +103,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             (state_dir / "up" / "redis-url").write_text(redis_url, encoding="utf-8")
             screen.step("embedded Valkey")
 
+        skypilot = await _skypilot(stack, settings, state_dir, screen)
         shown = asyncio.Event()
         newest: list[World] = []
 
@@ -114,6 +120,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
                 state_dir=state_dir,
                 redis_url=redis_url,
                 owner=owner,
+                skypilot=skypilot,
             ),
             on_world=on_world,
             on_source_problem=screen.warn,
@@ -173,7 +180,37 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             await reconciling
             screen.step("stopping: engines")
             await assembly.stop_engines()
+            going_on = _in_skypilot(newest[0]) if newest else []
         screen.step("stopped; nothing is left running")
+        if going_on:
+            screen.warn(
+                f"services go on in SkyPilot, and cost what they cost: {', '.join(going_on)}; to end "
+                "them, delete their deployments while detoserve runs, or: sky serve down NAME"
+            )
+
+
+async def _skypilot(
+    stack: AsyncExitStack, settings: UpSettings, state_dir: Path, screen: Screen
+) -> ApiSettings | None:
+    """The API server that the environment names, else one here where it is asked for."""
+    endpoint = os.environ.get("SKYPILOT_API_SERVER_ENDPOINT")
+    if endpoint:
+        screen.step(f"SkyPilot's API server at {endpoint}")
+        return api_settings(endpoint, os.environ)
+    if not settings.skypilot:
+        return None
+    server = local_server(state_dir, os.environ, say=screen.step, warn=screen.warn)
+    return await stack.enter_async_context(server)
+
+
+def _in_skypilot(world: World) -> list[str]:
+    return [
+        name
+        for seen in world.observed
+        if isinstance(seen, Observation) and seen.backend == "skypilot"
+        for name, workload in seen.workloads.items()
+        if not workload.deleting
+    ]
 
 
 async def _until(event: asyncio.Event, stop: asyncio.Event) -> bool:

@@ -4,7 +4,6 @@
     api       the server's REST API: what is sent and how answers and errors are read
     rows      status rows to core's records
     requests  what is under way, on disk, so that a restart takes it up
-    server    a local API server, for `detoserve up --skypilot`
 
 The REST API and not SkyPilot's SDK: importing that costs 2 s and 158 MB, its calls block, and it
 unpickles what the server sends.
@@ -12,7 +11,7 @@ unpickles what the server sends.
 
 from __future__ import annotations
 
-from reconciler.backends.skypilot.api import ApiSettings, api_settings
+from reconciler.backends.skypilot.api import ApiSettings, SkyPilotApi, api_settings
 from reconciler.backends.skypilot.backend import SkyPilotBackend
 
-__all__ = ["ApiSettings", "SkyPilotBackend", "api_settings"]
+__all__ = ["ApiSettings", "SkyPilotApi", "SkyPilotBackend", "api_settings"]
