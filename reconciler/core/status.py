@@ -1,6 +1,6 @@
 """What Git shows of the world: one document an object, and a summary. Pure.
 
-Conditions follow Kubernetes: Ready; abnormal-true Reconciling, Stalled, Degraded. A
+Conditions follow Kubernetes: Ready; abnormal-true Reconciling, Stalled, Degraded, BudgetLow. A
 lastTransitionTime moves only when its condition's status does, and nothing here depends on rates,
 heartbeats or the clock otherwise, so an unchanged world gives equal bytes. Not here: YAML or Git.
 """
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from reconciler.core import budget
 from reconciler.core.action import Create, Noop, Plan, Update
 from reconciler.core.autoscale import bounds
 from reconciler.core.config import ConfigObject, ObjectKey, Problem
@@ -20,6 +21,8 @@ from reconciler.core.steer import Steering
 from reconciler.core.unacted import not_acted_on_yet
 from reconciler.core.workload import Desired, Workload
 from schemas.base import API_VERSION
+from schemas.tenant import Tenant
+from schemas.wire.events import MonthToDate
 
 Document = dict[str, Any]
 
@@ -58,6 +61,8 @@ class World:
     routing_problem: str = ""
     """Why routers cannot have what follows from all this, where that is so."""
     steering: Steering = field(default_factory=Steering)
+    month_to_date: Mapping[str, MonthToDate] = field(default_factory=dict)
+    """Tenant -> what the ledger has of this month."""
 
 
 def status_path(key: ObjectKey) -> str:
@@ -86,6 +91,10 @@ def documents(world: World, before: Mapping[str, Document], now: str) -> dict[st
             conditions, facts = _function(view, key.name)
         else:
             conditions = [_condition("Ready", True, "Accepted", "in effect")]
+            if isinstance(obj.value, Tenant):
+                used = world.month_to_date.get(key.name, MonthToDate())
+                if low := budget.warning(obj.value.spec.budget, used):
+                    conditions.append(_condition("BudgetLow", True, *low))
         conditions = _with_problems(conditions, errors.get(key, []), key in world.effective.held)
         path = status_path(key)
         status = _status(obj, world.effective.revision, facts, conditions, before.get(path), now)

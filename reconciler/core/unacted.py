@@ -13,23 +13,11 @@ from pydantic import BaseModel
 from schemas.kinds import ConfigSpec
 
 NOT_YET: Final[dict[str, tuple[str, ...]]] = {
-    "Function": (
-        "routing.sessionAffinity",
-        "routing.queue",
-        "limits",
-        "price",
-    ),
-    "Tenant": (
-        "limits",
-        "budget",
-        "gpus.overQuotaWeight",
-        "priority",
-        "weight",
-        "keys[].limits",
-    ),
+    "Function": ("routing.sessionAffinity",),
+    "Tenant": ("gpus.overQuotaWeight",),
     "Cluster": ("kai.parentQueue",),
     "Deployment": ("shadow",),
-    "Platform": ("routing.sessionAffinity", "routing.queue"),
+    "Platform": ("routing.sessionAffinity",),
 }
 
 _PATHS: Final = {

@@ -25,6 +25,7 @@ from reconciler.loop.ports import Leadership
 from reconciler.publish.lease import Held
 from reconciler.publish.ledger_file import open_document, seal_document
 from reconciler.publish.usage_source import BEGINNING, UsageSource
+from schemas.wire.events import MonthToDate
 
 log = logging.getLogger("detoserve.reconciler")
 
@@ -80,6 +81,11 @@ class LedgerTask:
         self._committed_through = BEGINNING
         self._commit_at = 0.0
         self._acknowledged = True
+
+    def month_to_date(self) -> dict[str, MonthToDate]:
+        """Tenant -> what is committed of this month."""
+        month = core.month_of(self._today())
+        return core.months_to_date(self._committed, [month])[month]
 
     async def run(self, stop: asyncio.Event) -> None:
         """Counts and commits until `stop`, and once more then."""

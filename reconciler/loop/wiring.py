@@ -14,7 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +162,9 @@ class Assembly:
             )
 
             def on_world(world: World) -> None:
-                writer.offer(world)
-                self._on_world(world)
+                told = replace(world, month_to_date=ledger.month_to_date())
+                writer.offer(told)
+                self._on_world(told)
 
             backends: dict[str, Backend] = {b.name: b for b in (self._local, self._external)}
             skypilot = None

@@ -19,6 +19,7 @@ from reconciler.core.plan import PlanPolicy, plan
 from reconciler.core.status import SUMMARY_PATH, Document, RoutingView, World, documents
 from reconciler.core.unacted import NOT_YET, not_acted_on_yet
 from schemas.kinds import MODELS
+from schemas.wire.events import MonthToDate
 from tests.unit.core.worlds import (
     by_key,
     config_object,
@@ -295,6 +296,37 @@ def test_exactly_the_fields_that_are_set_are_named(monkeypatch):
     ]
     gpus = {"provider": {"type": "local"}, "gpus": [{"type": "H100", "count": 1}]}
     assert not_acted_on_yet(config_object("Cluster", "c", gpus).value) == ["spec.gpus"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({}, None),
+        ({"monthlyUSD": 10}, None),
+        ({"monthlyUSD": 9}, "SoftLimit"),
+        ({"monthlyUSD": 7}, "UsedUp"),
+        ({"monthlyUSD": 9, "softPercent": 90}, None),
+        ({"monthlyTokens": 1000}, None),
+        ({"monthlyTokens": 400}, "SoftLimit"),
+        ({"monthlyUSD": 100, "monthlyTokens": 300}, "UsedUp"),
+        ({"monthlyUSD": 0}, "UsedUp"),
+    ],
+)
+def test_a_budget_that_runs_low_is_a_condition_of_its_tenant(budget, reason):
+    used = MonthToDate(input_tokens=200, output_tokens=150, cost_nano_usd=7_300_000_000)
+    made = world(tenant("t", budget=budget), month_to_date={"t": used, "u": MonthToDate()})
+    found = conditions(documents(made, {}, T0)["status/tenant/t.yaml"])
+    assert found.pop("Ready") == ("True", "Accepted")
+    assert found == ({"BudgetLow": ("True", reason)} if reason else {})
+
+
+def test_more_use_within_a_step_changes_no_status():
+    def shown(nano_usd: int) -> Document:
+        used = {"t": MonthToDate(cost_nano_usd=nano_usd)}
+        made = world(tenant("t", budget={"monthlyUSD": 10}), month_to_date=used)
+        return documents(made, {}, T0)["status/tenant/t.yaml"]
+
+    assert shown(8_100_000_000) == shown(9_900_000_000) != shown(10_000_000_000)
 
 
 def test_a_failure_that_passes_by_itself_is_no_stall():
