@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -55,6 +56,7 @@ class _Settings:
     public_key_hex: str
     router_urls: tuple[str, ...]
     agent_key: bytes
+    tls: ssl.SSLContext
     hash_key: bytes | None
     poll_interval_s: float
     heartbeat_interval_s: float
@@ -85,6 +87,10 @@ def run(
             help="The cluster's agent key, with --router-url. Its SHA-256 stands in Git, as"
             " agentKeySha256 of the Cluster."
         ),
+    ] = None,
+    router_ca_file: Annotated[
+        Path | None,
+        typer.Option(help="Whom to trust for --router-url (PEM), besides the system's."),
     ] = None,
     cluster: Annotated[str, typer.Option(help="Follow engines of this cluster alone.")] = "",
     engine: Annotated[
@@ -162,6 +168,7 @@ def run(
         public_key_hex=public_key,
         router_urls=tuple(router_url or ()),
         agent_key=agent_key,
+        tls=_tls(router_ca_file),
         hash_key=_hash_key(hash_key_file),
         poll_interval_s=poll_interval_s,
         heartbeat_interval_s=heartbeat_interval_s,
@@ -174,6 +181,16 @@ def _read(file: Path, flag: str) -> str:
         return file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{flag}: {error}") from None
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except (OSError, ssl.SSLError) as error:
+            raise typer.BadParameter(f"--router-ca-file: {error}") from None
+    return context
 
 
 def _hash_key(file: Path | None) -> bytes | None:
@@ -230,7 +247,8 @@ async def _serve(settings: _Settings) -> None:
             key = public_key_from_hex(settings.public_key_hex)
             directory = RoutedReplicas(settings.redis, key, settings.cluster)
         else:
-            session = await stack.enter_async_context(aiohttp.ClientSession())
+            connector = aiohttp.TCPConnector(ssl=settings.tls)
+            session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
             directory = sink = ToRouters(
                 settings.router_urls, settings.agent_key, settings.cluster, session
             )

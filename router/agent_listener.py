@@ -1,14 +1,15 @@
 """Where agents without Redis post their reports: a listener of its own, which knows nothing else.
 
 What counts is passed on to Redis, where there is one, so that other routers hear of it too: the next
-router must not believe an agent less for having asked another. Put TLS in front of it
-(deploy/envoy): reports are signed, not encrypted. Not here: whether a POST is to be believed
+router must not believe an agent less for having asked another. Reports are signed; TLS, here or in
+front, keeps them to themselves. Not here: whether a POST is to be believed
 (core.agent_auth), or what a report does (core.engine_reports).
 """
 
 from __future__ import annotations
 
 import logging
+import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from redis.exceptions import RedisError
 
 from router.core.agent_auth import AgentGate, AgentKeys, AgentRefused, replicas_of
 from router.engine_watch import ReportReader
-from router.settings import SettingsInvalid
+from router.settings import Settings, SettingsInvalid
 from schemas.wire import agent_signature, redis_keys
 from schemas.wire.events import VERSION, AgentAnswer, AgentPost, EngineReport
 from schemas.wire.routing import RoutingTable
@@ -52,6 +53,22 @@ def read_keys(file: Path) -> AgentKeys:
                 "as `openssl rand -hex 32` prints"
             )
     return AgentKeys(keys)
+
+
+def tls_of(settings: Settings) -> ssl.SSLContext | None:
+    """What the port speaks TLS with; None where it does not.
+
+    Raises:
+        SettingsInvalid: certificate and key cannot be read, or do not belong together.
+    """
+    if settings.agent_tls_cert_file is None or settings.agent_tls_key_file is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(settings.agent_tls_cert_file, settings.agent_tls_key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsInvalid(f"agent_tls_cert_file: {error}") from None
+    return context
 
 
 class AgentListener:

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 
 from router.access_log import AccessLog
 from router.admin import Admin
-from router.agent_listener import AgentListener, read_keys
+from router.agent_listener import AgentListener, read_keys, tls_of
 from router.brain import Brain
 from router.channels import Channel
 from router.channels.redis_channel import RedisChannel
@@ -276,15 +276,17 @@ class Router:
         def table() -> RoutingTable | None:
             return self.state.snapshot.table if self.state.snapshot else None
 
+        tls = tls_of(settings)
         listener = AgentListener(read_keys(settings.agent_keys_file), table, reports, self._redis)
         server = await asyncio.get_running_loop().create_server(
             web.Server(listener, access_log=None),
             settings.agent_host,
             settings.agent_port,
+            ssl=tls,
             reuse_port=settings.listen_fd is not None,  # one of several workers
         )
         self._stack.callback(server.close)
-        self.agent_url = _url(server)
+        self.agent_url = _url(server) if tls is None else _url(server).replace("http", "https", 1)
 
     def _share(self) -> None:
         """Tells other routers of load and caches, and hears theirs, by every way there is to them."""

@@ -67,11 +67,15 @@ class Settings(BaseModel):
     admin_port: Port = 8001
     """Port of /metrics and /status; 0 takes a free one and prints it."""
     agent_host: str = "127.0.0.1"
-    """Address that agents without Redis post reports to; put TLS in front of it."""
+    """Address that agents without Redis post reports to."""
     agent_port: Port | None = None
     """Port for them; 0 takes a free one. Unset: reports come by Redis alone."""
     agent_keys_file: Path | None = None
     """Keys that such agents sign with, one a line. One counts only while a Cluster in Git names its SHA-256."""
+    agent_tls_cert_file: Path | None = None
+    """Certificate chain (PEM) that this port speaks TLS with. Unset: it does not; put TLS in front of it."""
+    agent_tls_key_file: Path | None = None
+    """Private key of that certificate."""
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Processes behind the port; about one a core. SIGHUP replaces them one by one."""
     listen_fd: int | None = None
@@ -164,6 +168,8 @@ class Settings(BaseModel):
             )
         if (self.agent_port is None) != (self.agent_keys_file is None):
             raise ValueError("give agent_port and agent_keys_file together, or neither")
+        if (self.agent_tls_cert_file is None) != (self.agent_tls_key_file is None):
+            raise ValueError("give agent_tls_cert_file and agent_tls_key_file together, or neither")
         if self.workers > 1 and self.agent_port == 0:
             raise ValueError(
                 "several workers need one agent_port that all of them share: give its number"

@@ -43,7 +43,7 @@ async def start(*flags: str, environ: dict[str, str] | None = None) -> Process:
 
 async def ready_line(process: Process) -> dict[str, Any]:
     assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), 8)
+    line = await asyncio.wait_for(process.stdout.readline(), 30)
     assert line, "the engine ended without listening"
     return dict(json.loads(line))
 

@@ -3,14 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -21,6 +14,7 @@ from schemas.wire import redis_keys
 from schemas.wire.envelope import public_key_hex, seal
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import Arm, Function, Replica, RoutingTable
+from tests.behaviour.agent.agent_process import agent_program, line
 from tests.behaviour.agent.engine_process import engine_process
 from tests.behaviour.agent.following import EVENT_FLAGS, SMALL
 from tests.behaviour.publish_fixtures import running_valkey
@@ -47,25 +41,6 @@ async def publish(redis: Redis, generation: int, sealed: bytes) -> None:
     await redis.set(redis_keys.ROUTES_GENERATION, generation)
 
 
-@asynccontextmanager
-async def agent(*flags: str) -> AsyncIterator[Process]:
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("DETOSERVE_")}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "agent.cli", "run", *flags), stdout=PIPE, stderr=PIPE, env=environ
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def line(process: Process) -> dict[str, Any]:
-    assert process.stdout is not None
-    return dict(json.loads(await asyncio.wait_for(process.stdout.readline(), 20)))
-
-
 async def test_it_follows_what_the_signed_table_names(tmp_path: Path) -> None:
     async with (
         running_valkey(tmp_path) as (valkey, redis),
@@ -82,7 +57,7 @@ async def test_it_follows_what_the_signed_table_names(tmp_path: Path) -> None:
             "--id",
             "a1",
         )
-        async with agent(*flags, "--poll-interval-s", "0.1") as process:
+        async with agent_program(*flags, "--poll-interval-s", "0.1") as process:
             assert await line(process) == {"event": "ready", "id": "a1"}
             await publish(redis, 2, table(2, r0=engine.url))
             assert await line(process) == {"event": "following", "replicas": ["r0"]}
@@ -122,7 +97,7 @@ async def test_it_follows_what_the_signed_table_names(tmp_path: Path) -> None:
     ],
 )
 async def test_wrong_flags_are_explained(flags: tuple[str, ...], said: str) -> None:
-    async with agent(*flags) as process:
+    async with agent_program(*flags) as process:
         _, error = await asyncio.wait_for(process.communicate(), 20)
         assert process.returncode == 2
         assert said in " ".join(error.decode().replace("│", " ").split())

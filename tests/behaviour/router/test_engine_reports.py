@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import secrets
@@ -26,9 +27,11 @@ from schemas.wire import agent_signature, redis_keys
 from schemas.wire.envelope import public_key_hex, seal
 from schemas.wire.events import AgentAnswer, AgentHeartbeat, AgentPost, EngineReport
 from schemas.wire.routing import Cluster, Policy, RoutingTable
+from tests.behaviour.agent.agent_process import agent_program, line
 from tests.behaviour.agent.engine_process import engine_process
 from tests.behaviour.agent.following import EVENT_FLAGS, SMALL, Listed, running_agent
 from tests.behaviour.publish_fixtures import running_valkey
+from tests.behaviour.router.certificates import self_signed
 from tests.behaviour.router.harness import (
     KEY,
     RunningRouter,
@@ -268,6 +271,38 @@ async def test_what_one_router_hears_the_others_hear_by_redis(tmp_path: Path) ->
         kept = b"".join([await redis.get(key) or b"" for key in await redis.keys("*agent:*")])
         assert b"here/a" in kept
         assert AGENT_KEY.encode() not in kept
+
+
+async def test_the_agent_s_program_posts_over_tls(tmp_path: Path) -> None:
+    certificate, private = self_signed(tmp_path)
+    tls = {"agent_tls_cert_file": certificate, "agent_tls_key_file": private}
+    key = tmp_path / "agent.key"
+    key.write_text(AGENT_KEY + "\n")
+    async with (
+        engine_process(*SMALL, *EVENT_FLAGS) as engine,
+        listening(tmp_path, engine.url, **tls) as router,
+    ):
+        url = router.router.agent_url
+        assert url.startswith("https://")
+        flags = ("--router-url", url, "--agent-key-file", str(key), "--cluster", "here")
+        async with agent_program(
+            *flags, "--id", "a", "--router-ca-file", str(certificate)
+        ) as process:
+            assert await line(process) == {"event": "ready", "id": "a"}
+            assert await line(process) == {"event": "following", "replicas": ["sim-r0"]}
+            brain = router.router.brain
+            slot = brain.slots["sim-r0"]
+            report = await eventually(lambda: brain.reports.last(slot), timeout_s=20)
+            assert report.agent == "here/a"
+            process.terminate()
+            assert await asyncio.wait_for(process.wait(), 20) == 0
+        # Nobody vouches for the router: nothing is told.
+        async with agent_program(*flags) as process:
+            assert process.stderr is not None
+            async with asyncio.timeout(20):
+                while b"publishing" not in (said := await process.stderr.readline()):
+                    assert said
+            assert b"ClientConnectorCertificateError" in said
 
 
 @pytest.mark.parametrize(
