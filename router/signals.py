@@ -141,9 +141,11 @@ class Signals:
         for name in self._sleeping:
             waiting[name] = max(1, waiting.get(name, 0))
         self._sleeping.clear()
+        # Who waited when last told is told of once more, that nobody waits any longer.
+        waited = {name for name, told in self._told_functions.items() if told.waiting}
         functions = {
             name: FunctionSignals(name, self._arrived.get(name, 0), waiting.get(name, 0))
-            for name in self._arrived.keys() | waiting.keys()
+            for name in self._arrived.keys() | waiting.keys() | waited
         }
         told_arms, told_functions = self._told_arms, self._told_functions
         self._told_arms, self._told_functions = arms, functions

@@ -291,7 +291,7 @@ def _placement(workload: Workload) -> Document:
         "reason": placed.why,
         "gpus": workload.replicas * placed.gpus_each,
         "gpuType": placed.gpu_type,
-        "pricePerHour": "unknown" if price is None else price,
+        "pricePerHour": "unknown" if price is None else f"{price:.2f} USD",
     }
 
 

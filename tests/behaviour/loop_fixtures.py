@@ -11,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from redis.asyncio import Redis
 
 from reconciler.core.observed import Observation, ObservedWorkload, Phase
+from reconciler.core.signals import Signals
 from reconciler.core.status import World
 from reconciler.loop.config_reader import GitConfig
 from reconciler.loop.reconciler import Reconciler
@@ -18,6 +19,7 @@ from reconciler.loop.state import StateFile
 from reconciler.loop.status_task import StatusTask
 from reconciler.publish.lease import Lease, boottime_s
 from reconciler.publish.redis_edge import connect
+from reconciler.publish.revert_branch import RevertBranches
 from reconciler.publish.routes import RoutesPublisher
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.valkey import EmbeddedValkey
@@ -94,6 +96,7 @@ class Bench:
         self.config = GitConfig(GitSource(str(self.repo.path), state / "config.git"))
         self.routes = RoutesPublisher(self.redis, self.key, state / "routes.table", timeout_s=0.5)
         self.state_file = StateFile(state / "last-good.json")
+        self.signals = Signals()
         self.loop = Reconciler(
             config=self.config,
             backends={"local": self.backend},
@@ -103,6 +106,8 @@ class Bench:
             state_file=self.state_file,
             on_world=self.worlds.append,
             on_source_problem=self.source_problems.append,
+            signals=self.signals,
+            reverts=RevertBranches(state / "revert.git", str(self.repo.path), "main"),
             clock=self.clock,
         )
         self.loop.restore()
