@@ -28,6 +28,8 @@ from router.brain import Brain
 from router.channels import Channel
 from router.channels.redis_channel import RedisChannel
 from router.channels.socket_channel import SocketChannel
+from router.decision_metrics import DecisionMetrics
+from router.decisions import DecisionLog, outcome
 from router.downstream.connection import ClientServer
 from router.engine_metrics import EngineMetrics
 from router.engine_watch import EngineWatch, ReportReader
@@ -40,7 +42,9 @@ from router.probes import Probes
 from router.proxy import Proxy
 from router.records import RequestRecord
 from router.server import Api
+from router.session_store import SessionStore
 from router.settings import Settings, SettingsInvalid
+from router.shadow import Shadows
 from router.sharing_metrics import SharingMetrics
 from router.signals import Signals
 from router.state import RouterState
@@ -92,6 +96,9 @@ class Router:
         self._stack = AsyncExitStack()
         self._heartbeat: Heartbeat | None = None
         self._access_log: AccessLog | None = None
+        self._decisions = DecisionLog(
+            settings.router_id, per_s=settings.decisions_per_s, kept=settings.decisions_kept
+        )
         self._server: asyncio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._channels: list[Channel] = []
@@ -134,6 +141,8 @@ class Router:
             record.trace.ended(record)
         if self._access_log is not None:
             self._access_log.write(record)
+        if self._decisions.is_open(record.decision):
+            self._decisions.ended(record.decision, outcome(record))
 
     async def _start(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
@@ -142,14 +151,22 @@ class Router:
                 self._access_log = self._stack.enter_context(AccessLog(settings.access_log))
             except OSError as error:
                 raise SettingsInvalid(f"access_log: {error}") from None
-        secret = derived(fleet_secret(settings, _public_key_text(settings)), "prompt blocks")
-        self.brain = Brain(settings.index_blocks, secret)
+        secret = fleet_secret(settings, _public_key_text(settings))
+        self.brain = Brain(settings.index_blocks, derived(secret, "prompt blocks"))
         self.state.on_install.append(self.brain.installed)
         reports = ReportReader(self.brain.heard)
         self.metrics.registry.register(EngineMetrics(self.brain, reports))
         self._limit()
         self._follow_table(reports)
         self._share()
+        sessions = SessionStore(settings.sessions, derived(secret, "sessions"))
+        shadows = Shadows(self.state, limit=settings.shadow_requests)
+        self.state.on_install.append(shadows.installed)
+        self._stack.callback(shadows.close)
+        self.metrics.registry.register(DecisionMetrics(sessions, shadows, self._decisions))
+        if self._redis is not None:
+            self._tasks.append(loop.create_task(sessions.run(self._redis)))
+            self._tasks.append(loop.create_task(self._decisions.run(self._redis)))
         tracing = start_tracing(settings, os.environ, version=_version())
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
@@ -161,6 +178,9 @@ class Router:
             tracing,
             limiter=self.limiter,
             signals=self.signals,
+            sessions=sessions,
+            shadows=shadows,
+            decisions=self._decisions,
         )
         self._stack.callback(self.proxy.queues.close)
         self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))
@@ -341,6 +361,8 @@ class Router:
         if self._clients is not None:
             self._clients.close()
             await asyncio.sleep(0)  # connections say that they are lost in the next pass
+        if self._redis is not None:
+            await self._decisions.farewell(self._redis)
         if self._heartbeat is not None:
             await self._heartbeat.farewell()
         self.state.close()

@@ -19,6 +19,7 @@ from router.core.load import Ticket
 from router.core.pick import SCORED, Chance
 from router.core.room import Room
 from router.core.route import Candidates, Choice, States, choose, dispatched, hit_tokens
+from router.core.score import Fleet, Held
 from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
 from router.core.trust import in_engine_tokens
@@ -42,6 +43,11 @@ class Sent:
         self._choice = choice
         self._prompt = prompt
         self._ticket: Ticket | None = None
+
+    @property
+    def held(self) -> Held:
+        """What candidates were credited with, by position."""
+        return self._choice.held
 
     def begin(self) -> None:
         now = self._brain.now()
@@ -138,6 +144,12 @@ class Brain:
         """What routing needs to know of a body; None where the function's policy needs nothing."""
         if function.policy.name not in SCORED:
             return None
+        return self.read(function, endpoint, request, size_bytes)
+
+    def read(
+        self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
+    ) -> Prompt:
+        """The prompt of a body, whatever the policy."""
         if endpoint.task not in _CACHED_TASKS or not request:
             return uncached_prompt(size_bytes)
         salt = request.get("cache_salt")
@@ -151,16 +163,30 @@ class Brain:
             return uncached_prompt(size_bytes)
 
     def choose(
-        self, pool: Sequence[Candidate], function: Function, prompt: Prompt, chance: Chance
+        self,
+        pool: Sequence[Candidate],
+        function: Function,
+        prompt: Prompt,
+        chance: Chance,
+        pinned: str | None = None,
     ) -> tuple[Candidate, Sent]:
-        """The candidate for this attempt, and how to count it."""
+        """The candidate for this attempt, and how to count it. `pinned` served the session before."""
         now = self.now()
         speeds = self._speeds[function.name]
         if now - self._refreshed_at >= _REFRESH_S:
             self._refresh(now)
         known = self._whole.get(id(pool))
         group = known[1] if known is not None and known[0] is pool else self._group(pool)
-        choice = choose(group, prompt, self.states, speeds, function.policy, now=now, chance=chance)
+        choice = choose(
+            group,
+            prompt,
+            self.states,
+            speeds,
+            function.policy,
+            now=now,
+            chance=chance,
+            pinned=None if pinned is None else self._slots.get(pinned),
+        )
         return pool[choice.position], Sent(self, speeds, choice, prompt)
 
     def _refresh(self, now: float) -> None:
@@ -174,6 +200,11 @@ class Brain:
             if not self.reports.sized(slot):
                 room = self._rooms[self._functions[replica]]
                 self.states.index.set_capacity(slot, room.capacity(slot))
+
+    def fleet(self, pool: Sequence[Candidate], function: Function) -> Fleet:
+        """What a choice among these goes by just now, for its record."""
+        group = self._group(list(pool))
+        return group.fleet(self.states.load, self._speeds[function.name], self.now())
 
     def _group(self, pool: Sequence[Candidate]) -> Candidates:
         key = tuple([candidate.id for candidate in pool])

@@ -18,6 +18,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.core.record import Seen, written
+from router.records import RequestRecord
 from schemas.wire import redis_keys
 from schemas.wire.decisions import Outcome
 
@@ -28,6 +29,19 @@ _UNFINISHED_AFTER: Final = 20
 _TTL_S: Final = 86_400
 _LEAST_KEPT: Final = 100
 _BATCH: Final = 200
+
+
+def outcome(record: RequestRecord) -> Outcome:
+    """What became of a request that has ended."""
+    began = record.started
+    return Outcome(
+        status=record.status,
+        outcome=record.outcome,
+        attempts=record.attempts,
+        replica=record.replica,
+        ttft_s=record.first_body - began if record.first_body else None,
+        duration_s=record.ended - began,
+    )
 
 
 class _Entry:

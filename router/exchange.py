@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+import time
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Final
@@ -19,8 +20,10 @@ import msgspec
 from msgspec.structs import replace
 
 from router.brain import Sent
+from router.conversation import Conversation
 from router.core import errors
 from router.core.api import Endpoint
+from router.core.arms import by_session, is_shadowed
 from router.core.auth import Principal
 from router.core.blocks import Prompt
 from router.core.errors import Refusal, Refused
@@ -28,7 +31,8 @@ from router.core.headers import ClientHeaders
 from router.core.health import Breaker, Failure, kept_out
 from router.core.inflate import EncodingInvalid, inflate
 from router.core.limits import estimated
-from router.core.pick import available, by_weight, full, pick
+from router.core.pick import available, full, pick
+from router.core.record import Seen
 from router.core.request import BodyInvalid, read_form, read_json, with_model
 from router.core.retries import is_retryable
 from router.core.snapshot import Candidate, Snapshot
@@ -100,7 +104,8 @@ class Exchange(msgspec.Struct, eq=False):
     """Under limits, where there are any."""
     _place: Place | None = None
     """In the queue of its function, where it had to wait."""
-    _candidates: tuple[Candidate, ...] = ()
+    _candidates: Sequence[Candidate] = ()
+    _conversation: Conversation | None = None
     _sent_body: bytes = b""
     _prompt: Prompt | None = None
     """What routing knows of the body; None where the policy does not ask."""
@@ -110,6 +115,8 @@ class Exchange(msgspec.Struct, eq=False):
 
     # Of the running attempt:
     _candidate: Candidate = _LATER
+    _seen: Seen | None = None
+    """What it was chosen from, where that is recorded and not yet noted."""
     _sent: Sent | None = None
     _breaker: Breaker | None = None
     """Half open: this request is its one trial."""
@@ -235,8 +242,25 @@ class Exchange(msgspec.Struct, eq=False):
             function, self._endpoint, self._parsed, len(self._body)
         )
         self._sent_body = body
-        self._candidates = self._snapshot.candidates(function, self._principal.tenant)
+        tenant, headers = self._principal.tenant, self._headers
+        self._conversation = Conversation(
+            self._proxy.sessions, function, tenant, headers, self._parsed
+        )
+        if headers.replica is None:
+            self._candidates = self._snapshot.candidates(function, tenant)
+        else:
+            self._candidates = [self._debugged(function, headers.replica)]
         self._enter()
+
+    def _debugged(self, function: Function, replica: bytes) -> Candidate:
+        """The one replica that somebody who may debug wants to be asked."""
+        if "debug" not in self._principal.key.scopes:
+            raise Refused(errors.NOT_FOR_DEBUGGING)
+        name = replica.decode("latin-1")
+        found = self._snapshot.named(function, self._principal.tenant, name)
+        if found is None:
+            raise Refused(errors.replica_not_found(name[:200], function.name))
+        return found
 
     def _request_body(self, function: Function) -> bytes:
         """As this function's engines are to get it."""
@@ -354,11 +378,13 @@ class Exchange(msgspec.Struct, eq=False):
         counts = self._counts = self._state.function(function.name)
         counts.turn += 1
         counts.budget.request(perf_counter())
-        self._left = 1 + function.policy.retry_attempts
+        self._left = 1 if self._headers.replica else 1 + function.policy.retry_attempts
         if self._tried:
             self._tried = []
         queues = self._proxy.queues
-        overtakes = queues.waiting and queues.must_wait(function.name)
+        overtakes = self._headers.replica is None and (
+            queues.waiting and queues.must_wait(function.name)
+        )
         chosen = None if overtakes else self._choose()
         if chosen is None:
             self._wait()
@@ -369,15 +395,87 @@ class Exchange(msgspec.Struct, eq=False):
         """A replica for one attempt, and how to count it where the policy weighs what it holds."""
         state, function = self._state, self._function
         load = state.in_flight.by_replica
-        pool: Sequence[Candidate] = self._candidates
-        if state.breakers or self._tried or function.name in self._snapshot.bounded:
+        pool = self._candidates
+        ejected: Collection[str] = ()
+        forced = self._headers.replica is not None
+        if (
+            state.breakers or self._tried or function.name in self._snapshot.bounded
+        ) and not forced:
             ejected = kept_out(pool, state.breakers, perf_counter())
             pool = available(pool, load, without=self._tried, ejected=ejected)
-        arm = by_weight(pool, state.chance) if len(function.arms) > 1 else pool
-        if arm and self._prompt is not None:
-            return self._proxy.brain.choose(arm, function, self._prompt, state.chance)
-        found = pick(arm, function.policy.name, load, self._counts.turn, state.chance)
-        return None if found is None else (found, None)
+        session = pinned = None
+        conversation = self._conversation
+        if conversation is not None:
+            if function.name in self._snapshot.divided and not forced:
+                pool = self._of_arm(pool, conversation)
+            if conversation.key is not None:
+                session, pinned = conversation.session, conversation.pinned()
+        if not pool:
+            return None
+        found: tuple[Candidate, Sent | None] | None
+        if self._prompt is not None:
+            found = self._proxy.brain.choose(pool, function, self._prompt, state.chance, pinned)
+        else:
+            turn, name = self._counts.turn, function.policy.name
+            picked = pick(pool, name, load, turn, state.chance, session=session, pinned=pinned)
+            found = None if picked is None else (picked, None)
+        decisions = self._proxy.decisions
+        if found is None:
+            return None
+        if decisions.wanted < 1:
+            decisions.skipped += 1
+        else:
+            self._seen = self._what_was_seen(pool, found[0], found[1], ejected, pinned or "")
+        return found
+
+    def _of_arm(self, pool: Sequence[Candidate], conversation: Conversation) -> Sequence[Candidate]:
+        """Those that the conversation's deployment has."""
+        deployment = by_session(pool, conversation.number(self._state.chance))
+        if deployment is None:
+            return ()
+        if pool is self._candidates:
+            return self._snapshot.of_arm(self._function, self._principal.tenant, deployment)
+        return [candidate for candidate in pool if candidate.deployment == deployment]
+
+    def _what_was_seen(
+        self,
+        pool: Sequence[Candidate],
+        chosen: Candidate,
+        sent: Sent | None,
+        ejected: Collection[str],
+        pinned: str,
+    ) -> Seen:
+        """What the choice was made from, by reference; it is written out later."""
+        proxy, function, record = self._proxy, self._function, self.record
+        in_flight = self._state.in_flight.by_replica
+        prompt = self._prompt or proxy.brain.read(
+            function, self._endpoint, self._parsed, len(self._body)
+        )
+        fleet = proxy.brain.fleet(pool, function)
+        if sent is None:  # nothing is counted then but requests
+            fleet.requests = tuple(in_flight.get(c.id, 0) for c in pool)
+        return Seen(
+            id=record.decision,
+            at=time.time(),
+            snapshot=self._snapshot,
+            function=function,
+            tenant=self._principal.tenant,
+            operation=record.operation,
+            pool=pool,
+            chosen=chosen,
+            fleet=fleet,
+            held=() if sent is None else sent.held,
+            prompt=prompt,
+            turn=self._counts.turn,
+            session=None if self._conversation is None else self._conversation.session,
+            pinned=pinned,
+            attempt=record.attempts + 1,
+            forced=self._headers.replica is not None,
+            skipped=proxy.decisions.skipped,
+            tried=tuple(self._tried),
+            ejected=ejected,
+            in_flight=dict(in_flight) if len(pool) < len(self._candidates) else {},
+        )
 
     def _choose_again(self) -> tuple[Candidate, Sent | None] | None:
         """A replica for one more attempt, if it may be made at all."""
@@ -404,6 +502,9 @@ class Exchange(msgspec.Struct, eq=False):
             if breaker is not None and breaker.state(perf_counter()) == "half-open":
                 breaker.trying = True
                 self._breaker = breaker
+        if self._seen is not None:
+            self._proxy.decisions.noted(self._seen)
+            self._seen = None
         if sent is not None:
             self._sent = sent
             sent.begin()
@@ -411,6 +512,23 @@ class Exchange(msgspec.Struct, eq=False):
             record.trace.attempt(candidate, record)
         self._pool = state.pool(candidate)
         self._send()
+        if self._conversation is not None:
+            self._conversation.served(replica)
+            if self._function.name in self._snapshot.shadowed and record.attempts == 1:
+                self._copy_to_shadows(self._conversation)
+
+    def _copy_to_shadows(self, conversation: Conversation) -> None:
+        """Sends copies to those of the function's shadows that get this conversation's."""
+        state, function = self._state, self._function
+        number = conversation.number(state.chance)
+        for shadow in self._snapshot.shadows(function, self._principal.tenant):
+            if not is_shadowed(number, shadow.deployment, shadow.percent):
+                continue
+            load = state.in_flight.by_replica
+            candidate = pick(shadow.replicas, "session", load, 0, state.chance, session=number)
+            if candidate is not None and candidate is not self._candidate:
+                head = self._head(candidate, self._headers.lines, f"{self.record.id}-shadow")
+                self._proxy.shadows.send(candidate, function.policy, head, self._sent_body)
 
     def _send(self) -> None:
         assert self._pool is not None
@@ -445,19 +563,20 @@ class Exchange(msgspec.Struct, eq=False):
         proxy.deadlines.watch(relay)
         if not self.record.dispatched:
             self.record.dispatched = now
-        connection.send(self._head(), self._sent_body, relay)
+        lines = self._headers.lines
+        if self.record.trace is not None:
+            lines = self.record.trace.passed_on(lines)
+        head = self._head(self._candidate, lines, self.record.id)
+        connection.send(head, self._sent_body, relay)
 
-    def _head(self) -> bytes:
-        candidate, record, lines = self._candidate, self.record, self._headers.lines
+    def _head(self, candidate: Candidate, lines: Sequence[bytes], request_id: str) -> bytes:
         path = self._request.target
         if candidate.api_path != "/v1" and path.startswith("/v1/"):
             path = candidate.api_path + path[3:]
-        if record.trace is not None:
-            lines = record.trace.passed_on(lines)
         return (
             f"{self._request.method} {candidate.base_path}{path} HTTP/1.1\r\n"
             f"Host: {candidate.host_header}\r\nContent-Length: {len(self._sent_body)}\r\n"
-            f"X-Request-Id: {record.id}\r\n"
+            f"X-Request-Id: {request_id}\r\n"
         ).encode("latin-1") + b"".join((*lines, b"\r\n"))
 
     # What becomes of the attempt: called by the relay.

@@ -131,6 +131,27 @@ def document() -> dict[str, Any]:
     for methods, endpoint in STORED:
         for method in sorted(methods):
             paths.setdefault(endpoint.path, {})[method.lower()] = _stored(method, endpoint)
+    paths["/v1/sessions/{session}"] = {
+        "delete": {
+            "operationId": "end_session",
+            "summary": "Forgets which replicas served a conversation, as X-Session-ID named it.",
+            "parameters": [
+                {
+                    "name": "session",
+                    "in": "path",
+                    "required": True,
+                    "schema": {"type": "string", "minLength": 1},
+                }
+            ],
+            "responses": {
+                "200": {
+                    "description": "It is forgotten, or was never known.",
+                    "content": {"application/json": {"schema": {"type": "object"}}},
+                },
+                **_errors("400", "401", "403", "404", "503"),
+            },
+        }
+    }
     paths["/health"] = _own("health", "The process lives.", key=False)
     paths["/ready"] = _own(
         "ready",

@@ -22,11 +22,14 @@ from router.core.headers import read as read_headers
 from router.core.request import BodyInvalid
 from router.core.snapshot import Snapshot
 from router.deadlines import Deadlines
+from router.decisions import DecisionLog
 from router.downstream.request import Request
 from router.limiter import Limiter
 from router.queue import Queues
 from router.records import RequestRecord
+from router.session_store import SessionStore
 from router.settings import Settings
+from router.shadow import Shadows
 from router.signals import Signals
 from router.state import RouterState
 from schemas.api_keys import PREFIX
@@ -77,6 +80,9 @@ class Proxy:
         *,
         limiter: Limiter,
         signals: Signals,
+        sessions: SessionStore,
+        shadows: Shadows,
+        decisions: DecisionLog,
     ) -> None:
         self.state = state
         self.settings = settings
@@ -87,6 +93,9 @@ class Proxy:
         self.queues = Queues()
         self.auth_failures = AuthFailures(settings.auth_failures_per_minute)
         self.signals = signals
+        self.sessions = sessions
+        self.shadows = shadows
+        self.decisions = decisions
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines()
 

@@ -13,8 +13,9 @@ from urllib.parse import unquote
 import orjson
 
 from router.core import errors
-from router.core.api import MODEL_PREFIX, OWN, PASSED, methods_of, stored
+from router.core.api import MODEL_PREFIX, OWN, PASSED, SESSION_PREFIX, methods_of, stored
 from router.core.errors import Refusal, Refused, too_large
+from router.core.sessions import session_key
 from router.downstream.answer import answer, refuse
 from router.downstream.connection import ClientConnection
 from router.downstream.request import Request
@@ -117,6 +118,9 @@ class Api:
             raise Refused(errors.unknown_url(method, path[:200]))
         if method not in allowed:
             raise Refused(errors.method_not_allowed(method, path[:200], allowed))
+        if path.startswith(SESSION_PREFIX):
+            record.operation = "end_session"
+            return self._end_session(request, record, unquote(path[len(SESSION_PREFIX) :]))
         if method != "GET":
             raise Refused(
                 errors.nothing_stored(path[:200])
@@ -148,3 +152,17 @@ class Api:
         if function is None:
             raise Refused(errors.model_not_found(name[:200]))
         return 200, orjson.dumps(_model(function, name, int(snapshot.table.published_at)))
+
+    def _end_session(self, request: Request, record: RequestRecord, name: str) -> tuple[int, bytes]:
+        """Forgotten for every function that the tenant may use; whether it was known is not told."""
+        snapshot, _, principal = self._proxy.authenticate(request, record)
+        sessions = self._proxy.sessions
+        for function in snapshot.models(principal.tenant):
+            key = session_key(
+                sessions.secret,
+                principal.tenant.name,
+                function.name,
+                name.encode("utf-8", "surrogatepass"),
+            )
+            sessions.release(key)
+        return 200, orjson.dumps({"object": "session.deleted", "deleted": True})

@@ -37,8 +37,12 @@ _pin: Final = msgspec.msgpack.Decoder(SessionPin)
 class SessionStore:
     """Owned by one event loop. `run` shares the pins; without it they are this process's alone."""
 
-    def __init__(self, limit: int, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, limit: int, secret: bytes, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        """`secret` keys the hashes that sessions are known by; the same in all routers of a fleet."""
         self.pins = Pins(limit)
+        self.secret = secret
         self.lost = 0
         """Changes that others were not told of."""
         self._clock = clock

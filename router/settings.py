@@ -111,6 +111,8 @@ class Settings(BaseModel):
     secret_file: Path | None = None
     """A secret that all routers of a fleet share, for the hashes of sessions that they tell one another.
     Unset: made from the public key of routes, which all of them have."""
+    shadow_requests: Annotated[int, Field(ge=0)] = 64
+    """Copies for shadow deployments that may run at once; beyond it copies are left out."""
     decisions_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
     """Decisions recorded in Redis a second, at most, for `detoserve explain` and `replay`; 0: none."""
     decisions_kept: Annotated[int, Field(ge=1)] = 20_000

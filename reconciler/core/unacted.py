@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from schemas.kinds import ConfigSpec
 
 NOT_YET: Final[dict[str, tuple[str, ...]]] = {
-    "Function": ("routing.sessionAffinity",),
+    "Function": (),
     "Tenant": ("gpus.overQuotaWeight",),
     "Cluster": ("kai.parentQueue",),
-    "Deployment": ("shadow",),
-    "Platform": ("routing.sessionAffinity",),
+    "Deployment": (),
+    "Platform": (),
 }
 
 _PATHS: Final = {

@@ -89,6 +89,8 @@ OWN: Final[frozenset[str]] = frozenset({"/v1/models", "/health", "/ready", "/ope
 """Paths that the router answers itself; all of them take GET. So does /v1/models/<name>."""
 
 MODEL_PREFIX: Final = "/v1/models/"
+SESSION_PREFIX: Final = "/v1/sessions/"
+"""DELETE of a session's name after it: what is remembered of the session is forgotten."""
 
 
 def methods_of(path: str) -> frozenset[str]:
@@ -98,4 +100,6 @@ def methods_of(path: str) -> frozenset[str]:
         found.add("GET")
     if path.startswith(MODEL_PREFIX):
         found |= {"GET", "DELETE"}
+    if path.startswith(SESSION_PREFIX) and len(path) > len(SESSION_PREFIX):
+        found.add("DELETE")
     return frozenset(found.union(*(m for m, pattern, _ in _STORED if pattern.fullmatch(path))))

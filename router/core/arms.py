@@ -16,9 +16,7 @@ from typing import Final
 from xxhash import xxh64_intdigest
 
 from router.core.snapshot import Candidate
-from schemas.wire.routing import Arm
 
-DEFAULT_WEIGHT: Final = Arm(deployment="", cluster="").weight
 _SHADOW: Final = 0x5AD0_5AD0_5AD0_5AD0
 _SPAN: Final = float(1 << 52)
 
@@ -38,28 +36,17 @@ def _standing(session: int, deployment: str, weight: float) -> float:
     return -weight / log(_share(session, deployment))
 
 
-def divided(candidates: Sequence[Candidate]) -> bool:
-    """Whether weights say who gets what; else any candidate will do."""
-    first = candidates[0]
-    return any(c.weight != DEFAULT_WEIGHT for c in candidates) and (
-        first.weight == 0 or any(c.deployment != first.deployment for c in candidates)
-    )
-
-
-def by_session(candidates: Sequence[Candidate], session: int) -> Sequence[Candidate]:
-    """The candidates of the session's arm; none where every weight is 0.
+def by_session(candidates: Sequence[Candidate], session: int) -> str | None:
+    """The deployment of the session's arm; None where every weight is 0.
 
     `session` is 64 bits: `session_number`, or any hash that is the same for a whole conversation.
     Give the candidates that are available: while a whole arm is not, its sessions go elsewhere, and
     come back with it.
     """
-    if not candidates or not divided(candidates):
-        return candidates
     weights = {c.deployment: c.weight for c in candidates if c.weight}
     if not weights:
-        return ()
-    arm = max(weights, key=lambda name: _standing(session, name, weights[name]))
-    return [c for c in candidates if c.deployment == arm]
+        return None
+    return max(weights, key=lambda name: _standing(session, name, weights[name]))
 
 
 def is_shadowed(session: int, deployment: str, percent: float) -> bool:

@@ -97,6 +97,13 @@ INSUFFICIENT_SCOPE = Refusal(
     403, "This API key may not run models.", "permission_error", "insufficient_scope"
 )
 
+NOT_FOR_DEBUGGING = Refusal(
+    403,
+    "`x-detoserve-replica` needs an API key with the scope `debug`.",
+    "permission_error",
+    "insufficient_scope",
+)
+
 TENANT_SUSPENDED = Refusal(
     403,
     "This account is suspended; ask whoever runs this service.",
@@ -131,6 +138,16 @@ def model_not_found(model: str) -> Refusal:
         "invalid_request_error",
         "model_not_found",
         "model",
+    )
+
+
+def replica_not_found(replica: str, model: str) -> Refusal:
+    """For whoever may debug: the replica is not there, drains, or serves others."""
+    return Refusal(
+        404,
+        f"`{replica}` is no replica of `{model}` that takes requests of this account.",
+        "invalid_request_error",
+        "replica_not_found",
     )
 
 

@@ -26,6 +26,9 @@ _Use = Literal[
     "expect",
     "length",
     "coding",
+    "session",
+    "session-final",
+    "replica",
 ]
 
 _READ: Final[dict[bytes, _Use]] = {
@@ -40,6 +43,9 @@ _READ: Final[dict[bytes, _Use]] = {
     b"expect": "expect",
     b"content-length": "length",
     b"transfer-encoding": "coding",
+    b"x-session-id": "session",
+    b"x-session-final": "session-final",
+    b"x-detoserve-replica": "replica",
 }
 _DROPPED: Final = re.compile(
     rb"keep-alive|te|trailers?|upgrade|proxy-.*|host"
@@ -83,6 +89,12 @@ class ClientHeaders(msgspec.Struct):
     """Of the body as it is sent."""
     coding: bytes | None = None
     """Transfer-Encoding."""
+    session: bytes | None = None
+    """What the client calls its conversation."""
+    session_final: bool = False
+    """This is the conversation's last request."""
+    replica: bytes | None = None
+    """The one that somebody who debugs wants to be asked."""
 
 
 def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
@@ -118,6 +130,13 @@ def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
             out.coding = b"chunked"
         elif use == "expect":
             out.expects_continue = value.strip().lower() == b"100-continue"
+        elif use == "session":
+            out.session = value.strip()
+            lines.append(b"%b: %b\r\n" % (name, value))
+        elif use == "session-final":
+            out.session_final = value.strip().lower() not in (b"", b"0", b"false")
+        elif use == "replica":
+            out.replica = value.strip() or None
         elif use == "connection":
             named += value.lower() + b","
     if named and named not in (b"keep-alive,", b"close,"):

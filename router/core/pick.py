@@ -1,20 +1,25 @@
 """Which of the candidates gets the request.
 
-Filter first (health, capacity, already tried), then the arm by weight, then the policy among its
-replicas. Pure: load is a mapping and chance is a `random.Random` passed in. A policy that is not built
-yet acts as least-load, and `effective_policy` says so. Not here: policies that weigh caches (route).
+Filter first (health, capacity, already tried), then the policy among the replicas of one arm. Pure:
+load is a mapping and chance is a `random.Random` passed in. A policy that is not built yet acts as
+least-load, and `effective_policy` says so. Not here: which arm (arms), or policies that weigh caches
+(route).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Final, Protocol
 
+from xxhash import xxh64_intdigest
+
+from router.core.score import rendezvous
 from router.core.snapshot import Candidate
 
 SCORED: Final = frozenset({"expected-latency", "linear"})
 """Policies that weigh what replicas hold of the prompt: decided by `route`, not here."""
-_BUILT: Final = frozenset({"round-robin", "least-load", "random-two-choices"}) | SCORED
+_BUILT: Final = frozenset({"session", "round-robin", "least-load", "random-two-choices"}) | SCORED
 
 
 class Chance(Protocol):
@@ -56,18 +61,9 @@ def full(
     )
 
 
-def by_weight(candidates: Sequence[Candidate], chance: Chance) -> Sequence[Candidate]:
-    """Replicas of one arm, chosen by weight; all of them where the weights are equal."""
-    weights = {c.deployment: c.weight for c in candidates}
-    if len(weights) == 1 or len(set(weights.values())) == 1:
-        return candidates
-    total = sum(weights.values())
-    mark = chance.random() * total
-    for deployment, weight in weights.items():
-        mark -= weight
-        if mark < 0:
-            return [c for c in candidates if c.deployment == deployment]
-    return [c for c in candidates if c.weight]
+@lru_cache(maxsize=4096)
+def _key(replica: str) -> int:
+    return xxh64_intdigest(replica.encode())
 
 
 def pick(
@@ -76,10 +72,15 @@ def pick(
     in_flight: Mapping[str, int],
     turn: int,
     chance: Chance,
+    *,
+    session: int | None = None,
+    pinned: str | None = None,
 ) -> Candidate | None:
     """One of the available candidates of one arm, or None when there is none.
 
-    `turn` is how many requests of the function came before: round-robin goes by it.
+    `turn` is how many requests of the function came before: round-robin goes by it. `session` is 64 bits
+    of the session's hash and `pinned` the replica that served it last: the policy `session` goes by
+    them, and by load where a request names no session.
     """
     if not candidates:
         return None
@@ -89,6 +90,11 @@ def pick(
     policy = effective_policy(policy)
     if policy == "round-robin":
         return pool[turn % len(pool)]
+    if policy == "session" and session is not None:
+        for candidate in pool:
+            if candidate.id == pinned:
+                return candidate
+        return pool[rendezvous(session, [_key(c.id) for c in pool])]
     if policy == "random-two-choices":
         first = int(chance.random() * len(pool))
         second = int(chance.random() * (len(pool) - 1))

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from schemas.wire.routing import Arm, Function, Key, Replica, RoutingTable, Tenant
 
 _API_PATH: Final = re.compile(r"(?:/[\w.~-]+)*/?", re.ASCII)
+_DEFAULT_WEIGHT: Final = Arm(deployment="", cluster="").weight
 _UNFIT_FOR_A_HEADER: Final = re.compile(r"[^\w.:/@+-]", re.ASCII)
 
 
@@ -148,12 +149,17 @@ class Snapshot:
     """Every replica by id, draining ones too."""
     bounded: frozenset[str]
     """Functions of which some replica takes only so many requests."""
+    divided: frozenset[str]
+    """Functions whose sessions are divided between deployments by weight."""
+    shadowed: frozenset[str]
+    """Functions that have a shadow."""
     unusable: tuple[str, ...]
     """What is wrong with replicas that were left out, for people."""
     _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
     _residency: dict[str, tuple[str, ...]]
     _candidates: dict[tuple[str, str], tuple[Candidate, ...]] = field(default_factory=dict)
     _shadows: dict[tuple[str, str], tuple[Shadow, ...]] = field(default_factory=dict)
+    _of_arms: dict[tuple[str, str, str], tuple[Candidate, ...]] = field(default_factory=dict)
     _resolved: dict[tuple[str, str], Function | None] = field(default_factory=dict)
 
     @property
@@ -200,6 +206,25 @@ class Snapshot:
             )
         return found
 
+    def of_arm(self, function: Function, tenant: Tenant, deployment: str) -> tuple[Candidate, ...]:
+        """Those of the candidates that are of one deployment; the same object every time."""
+        key = (function.name, tenant.name, deployment)
+        found = self._of_arms.get(key)
+        if found is None:
+            found = self._of_arms[key] = tuple(
+                c for c in self.candidates(function, tenant) if c.deployment == deployment
+            )
+        return found
+
+    def named(self, function: Function, tenant: Tenant, replica: str) -> Candidate | None:
+        """A replica of the function by its id, shadows too, if it takes this tenant's requests."""
+        for arm, replicas in self.arms(function):
+            if not self.kept_from(arm, tenant):
+                for candidate in replicas:
+                    if candidate.id == replica and not candidate.draining:
+                        return candidate
+        return None
+
     def shadows(self, function: Function, tenant: Tenant) -> tuple[Shadow, ...]:
         """Deployments that get copies of this tenant's requests, and answer nobody."""
         key = (function.name, tenant.name)
@@ -216,6 +241,11 @@ class Snapshot:
     def arms(self, function: Function) -> tuple[tuple[Arm, tuple[Candidate, ...]], ...]:
         """Everything that the table has of a function, whoever may use it."""
         return self._arms.get(function.name, ())
+
+
+def _is_divided(function: Function) -> bool:
+    """Whether weights say who gets what: they are not all at their default."""
+    return any(arm.weight != _DEFAULT_WEIGHT for arm in function.arms if not arm.shadow_percent)
 
 
 def snapshot(table: RoutingTable) -> Snapshot:
@@ -269,6 +299,10 @@ def snapshot(table: RoutingTable) -> Snapshot:
         keys_by_sha256=by_sha256,
         replicas=replicas,
         bounded=frozenset(c.function for c in replicas.values() if c.max_concurrent),
+        divided=frozenset(f.name for f in table.functions if _is_divided(f)),
+        shadowed=frozenset(
+            f.name for f in table.functions if any(arm.shadow_percent for arm in f.arms)
+        ),
         unusable=tuple(unusable),
         _arms=arms,
         _residency={cluster.name: cluster.residency for cluster in table.clusters},

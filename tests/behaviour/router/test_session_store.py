@@ -28,7 +28,7 @@ def key(name: bytes = NAME) -> bytes:
 @asynccontextmanager
 async def running(redis: Redis, limit: int = 100) -> AsyncIterator[SessionStore]:
     before = await subscribers(redis)
-    store = SessionStore(limit)
+    store = SessionStore(limit, b"secret")
     task = asyncio.create_task(store.run(redis))
 
     async def subscribed() -> bool:
@@ -100,7 +100,7 @@ async def positive(answer):
 
 async def test_redis_away_changes_nothing_for_this_process(tmp_path: Path) -> None:
     redis = Redis(unix_socket_path=str(tmp_path / "nobody"))
-    store = SessionStore(10)
+    store = SessionStore(10, b"secret")
     task = asyncio.create_task(store.run(redis))
     await asyncio.sleep(0)
     store.served(key(), "r0", 60.0)
@@ -116,7 +116,7 @@ async def test_redis_away_changes_nothing_for_this_process(tmp_path: Path) -> No
 
 async def test_what_could_not_be_told_is_told_when_redis_is_back(tmp_path: Path) -> None:
     redis = Redis(unix_socket_path=str(tmp_path / "valkey.sock"))
-    store = SessionStore(10)
+    store = SessionStore(10, b"secret")
     task = asyncio.create_task(store.run(redis))
     await asyncio.sleep(0)
     store.served(key(), "r0", 60.0)

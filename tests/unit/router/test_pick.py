@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.endpoint_check import all_allowed, is_allowed
-from router.core.pick import available, by_weight, effective_policy, pick
+from router.core.pick import available, effective_policy, pick
 from router.core.retries import RetryBudget, is_retryable
 from router.core.snapshot import snapshot
+from schemas.routing_policy import PolicyName
 from schemas.wire.routing import Arm, Function, Replica, RoutingTable, Tenant
 
 
@@ -73,18 +75,28 @@ def test_round_robin_takes_turns_and_ties_are_spread():
     assert min(ties.values()) > 100
 
 
-def test_weights_divide_between_arms_and_zero_means_nothing():
-    pool = candidates(a=(90, 1), b=(10, 5), c=(0, 2))
-    chance = random.Random(3)
-    seen = Counter(by_weight(pool, chance)[0].deployment for _ in range(2000))
-    assert seen["c"] == 0
-    assert 120 < seen["b"] < 290
+@given(st.integers(0, 2**64 - 1), st.integers(0, 5))
+def test_a_session_stays_on_its_replica_while_that_is_there(session, gone):
+    pool, chance = candidates(a=(100, 6)), random.Random(1)
+
+    def sent(among, pinned=None):
+        return pick(among, "session", {}, 0, chance, session=session, pinned=pinned).id
+
+    first = sent(pool)
+    assert sent(pool[::-1]) == first
+    assert sent(pool, pinned=f"a{gone}") == f"a{gone}"
+    left = [c for c in pool if c.id != f"a{gone}"]
+    if first != f"a{gone}":
+        assert sent(left) == first
+    assert sent(left, pinned=f"a{gone}") != f"a{gone}"
+    # Without a session it goes by load.
+    loads = {c.id: 3 for c in left}
+    assert pick(pool, "session", loads, 0, chance, pinned="a0").id == f"a{gone}"
 
 
 def test_policies_that_are_not_built_say_what_they_act_as():
-    for name in ("session", "anything"):
-        assert effective_policy(name) == "least-load"
-    for name in ("expected-latency", "linear", "least-load", "round-robin", "random-two-choices"):
+    assert effective_policy("anything") == "least-load"
+    for name in get_args(PolicyName):
         assert effective_policy(name) == name
 
 
