@@ -95,7 +95,9 @@ class Plan:
         self.wants = wants
         self.price = price
         self.soft_percent = soft_percent
-        self.ending = tuple(want for want in wants if want[0].limit.role != "requests")
+        self.ending = tuple(
+            (share, share.limit.role) for share, _ in wants if share.limit.role != "requests"
+        )
         self.budgets = [s for s, _ in wants if s.limit.role in ("budget_usd", "budget_tokens")]
         self.priced = any(share.limit.role == "budget_usd" for share in self.budgets)
         # A function's are everybody's: what is left of them is nobody's business.
@@ -123,21 +125,23 @@ class Admission:
         self._done = True
         book, plan, amounts = self._limiter.book, self._plan, self._amounts
         tokens = input_tokens + output_tokens
-        for share, unit in plan.ending:
-            role = share.limit.role
+        urgent = False
+        for share, role in plan.ending:
             if role == "tokens":
                 book.settle_tokens(share, amounts[1], tokens, self._admitted_at)
             elif role == "concurrent":
                 book.release(share, 1)
             elif role == "budget_tokens":
-                book.release(share, amounts[unit], tokens)
+                book.release(share, amounts[1], tokens)
             elif cost_usd is None:
                 cost = price_nano_usd(plan.price, input_tokens, output_tokens)
-                book.release(share, amounts[unit], cost)
+                book.release(share, amounts[2], cost)
             else:
-                book.release(share, amounts[unit], round(cost_usd * NANO))
-            if share.tight:
-                self._limiter.tell_now()
+                book.release(share, amounts[2], round(cost_usd * NANO))
+            if share.free < share.tight_below:
+                urgent = True
+        if urgent:
+            self._limiter.tell_now()
 
     def release(self) -> None:
         """It has ended without using anything. That it came still counts as a request."""

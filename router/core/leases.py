@@ -73,13 +73,14 @@ class Share:
         "renewed_at",
         "spent",
         "spent_by_all",
+        "tight_below",
         "used",
         "window",
         "window_total",
     )
 
     def __init__(self, limit: Limit) -> None:
-        self.limit = limit
+        self.set_limit(limit)
         self.is_rate = limit.role in ("requests", "tokens")
         self.pool = 0
         """Leased and not used."""
@@ -108,10 +109,10 @@ class Share:
         self.outage_base: tuple[int, int] | None = None
         """A budget while the store is away: (used and spent when it went, this process's part of the rest)."""
 
-    @property
-    def tight(self) -> bool:
-        """Others may be refused for want of what this process gives back."""
-        return self.free * _TIGHT_PART < self.limit.limit
+    def set_limit(self, limit: Limit) -> None:
+        self.limit = limit
+        self.tight_below = limit.limit // _TIGHT_PART + 1
+        """With less free, others may be refused for want of what this process gives back."""
 
     def correct(self, second: int, amount: int) -> None:
         if amount:
@@ -130,11 +131,14 @@ class Share:
 
     def unlog(self, at: float, amount: int) -> None:
         """Less was taken at `at` than was noted."""
-        for entry in self.window:
-            if entry[0] >= int(at):
-                entry[1] -= amount
-                self.window_total -= amount
-                return
+        found = None
+        for entry in reversed(self.window):
+            if entry[0] < int(at):
+                break
+            found = entry
+        if found is not None:
+            found[1] -= amount
+            self.window_total -= amount
 
     def put_back(self, amount: int, until: float, bucket: int) -> None:
         """Into the pool again, as of the older of both leases: what expires early was counted long enough."""
@@ -160,13 +164,20 @@ Wants = tuple[tuple[Share, int], ...]
 def take(wants: Wants, amounts: Amounts, now: float) -> bool:
     """All of it from what is leased, or nothing."""
     for share, unit in wants:
-        if share.pool < amounts[unit] or share.pool_until <= now:
-            return False
-    for share, unit in wants:
         amount = amounts[unit]
-        share.pool -= amount
+        left = share.pool - amount
+        if left < 0 or share.pool_until <= now:
+            break
+        share.pool = left
         share.used += amount
-    return True
+    else:
+        return True
+    for taken, unit in wants:
+        if taken is share:
+            break
+        taken.pool += amounts[unit]
+        taken.used -= amounts[unit]
+    return False
 
 
 class Failing(NamedTuple):
@@ -280,7 +291,7 @@ class Book:
             found = self.shares[limit.key] = Share(limit)
         elif found.limit != limit:
             found.free += limit.limit - found.limit.limit
-            found.limit = limit
+            found.set_limit(limit)
             found.blocked_until = 0.0
         return found
 
@@ -292,19 +303,16 @@ class Book:
             if not share.pool and not share.corrections and (share.is_rate or not share.used):
                 del self.shares[key]
 
-    def store_second(self, at: float) -> int:
-        """Of the store's clock, at one of ours."""
-        return int(at + self._offset_s)
-
     # Ends of requests
 
     def settle_tokens(self, share: Share, estimated: int, actual: int, admitted_at: float) -> None:
         """Corrects a rate of tokens at a request's end."""
         if actual < estimated:
             # In the second of the admission or before it: what is given back too early expires early.
-            share.correct(
-                self.store_second(admitted_at) if self._offset_s else 0, actual - estimated
-            )
+            second = int(admitted_at + self._offset_s) if self._offset_s else 0
+            corrections = share.corrections
+            corrections[second] = corrections.get(second, 0) + actual - estimated
+            share.dirty = True
             share.unlog(admitted_at, estimated - actual)
             share.blocked_until = 0.0
         elif actual > estimated:
@@ -316,9 +324,8 @@ class Book:
         share.used -= amount
         share.spent += spent
         share.blocked_until = 0.0
-        back = amount - min(spent, amount)
-        if not share.tight and not self.away:
-            share.pool += back
+        if spent < amount and share.free >= share.tight_below and not self.away:
+            share.pool += amount - spent
         share.dirty = True
 
     # Messages
