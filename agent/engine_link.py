@@ -55,7 +55,7 @@ class EngineLink:
         self._context = context
         self._poll_interval_s = poll_interval_s
         self._hash_key = hash_key
-        self._sources: dict[Publisher, asyncio.Task[None]] = {}
+        self._sources: dict[Publisher, tuple[KvSource, asyncio.Task[None]]] = {}
         self._look_now = asyncio.Event()
         self._gone = False
         self._pause_s = poll_interval_s
@@ -86,7 +86,7 @@ class EngineLink:
                 # Its process has ended, and its cache with it; whoever comes next starts empty.
                 self._gone = True
                 self._outbox.batch(self.state.replica, self.state.lost())
-                self._outbox.report(self.state.report(time.time()))
+                self._report()
             return self._longer(_AWAY_S)
         except PageInvalid as error:
             self._say(str(error))
@@ -98,7 +98,7 @@ class EngineLink:
         if self.state.read(reading):
             _log.info("%s: another process than before", self.state.replica)
         await self._follow()
-        self._outbox.report(self.state.report(time.time()))
+        self._report()
         return self._pause_s
 
     def _longer(self, at_most_s: float) -> float:
@@ -114,9 +114,8 @@ class EngineLink:
                 wanted = await publishers(self._session, self.address.url)
             except Unreachable:
                 return
-        if self._sources.keys() == set(wanted) and not any(
-            t.done() for t in self._sources.values()
-        ):
+        ended = any(task.done() for _, task in self._sources.values())
+        if self._sources.keys() == set(wanted) and not ended:
             return
         await self._leave()
         for publisher in wanted:
@@ -124,7 +123,13 @@ class EngineLink:
             self.state.add_cache(publisher.endpoint, cache)
             listener = _Listener(self, cache)
             source = KvSource(self._context, publisher, listener, said=self._say)
-            self._sources[publisher] = asyncio.create_task(self._source(source))
+            self._sources[publisher] = source, asyncio.create_task(self._source(source))
+
+    def _report(self) -> None:
+        running = [source for source, task in self._sources.values() if not task.done()]
+        heard = [source.connected for source in running]
+        self.state.hears_events = bool(heard) and all(heard) and len(heard) == len(self._sources)
+        self._outbox.report(self.state.report(time.time()))
 
     async def _source(self, source: KvSource) -> None:
         try:
@@ -133,9 +138,10 @@ class EngineLink:
             self._say(f"its KV events cannot be subscribed to: {error.strerror}")
 
     async def _leave(self) -> None:
-        for task in self._sources.values():
+        tasks = [task for _, task in self._sources.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._sources.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._sources.clear()
         self.state.remove_caches()
 
@@ -155,12 +161,12 @@ class EngineLink:
         if batch is not None:
             self._outbox.batch(self.state.replica, batch)
         if change.cleared:
-            self._outbox.report(self.state.report(time.time()))
+            self._report()
 
     def lost(self) -> None:
         _log.warning("%s: KV events were lost; what it holds is forgotten", self.state.replica)
         self._outbox.batch(self.state.replica, self.state.lost())
-        self._outbox.report(self.state.report(time.time()))
+        self._report()
 
     async def restarted(self) -> None:
         """Its events begin anew: when since, its metrics say if it has such a metric."""
@@ -170,7 +176,7 @@ class EngineLink:
         if self.state.epoch == epoch:
             self.state.restarted(time.time())
         _log.info("%s: another process than before", self.state.replica)
-        self._outbox.report(self.state.report(time.time()))
+        self._report()
 
     def look_now(self) -> None:
         self._look_now.set()

@@ -84,6 +84,7 @@ class KvSource:
         self._sequence = Sequence()
         self._joined = False
         self.connected = False
+        """Whether every event arrives."""
 
     async def run(self) -> None:
         """Raises: zmq.ZMQError: the endpoint is none."""
@@ -123,9 +124,9 @@ class KvSource:
             self.connected = False
             self._listener.disconnected()
             return
-        self.connected = True
         again, self._joined = self._joined, True
         await self._catch_up(again=again)
+        self.connected = True
 
     async def _catch_up(self, *, again: bool) -> None:
         """After a connection: is it the process from before, and what has been missed?"""

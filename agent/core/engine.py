@@ -27,6 +27,8 @@ class EngineState:
         self._next_batch = 0
         self._stored_tokens = 0
         self._removed_tokens = 0
+        self.hears_events = False
+        """Whether every event of its publishers arrives just now."""
 
     def add_cache(self, source: str, cache: Cache) -> None:
         """One publisher's cache; an engine has one for each data-parallel rank."""
@@ -35,16 +37,14 @@ class EngineState:
     def remove_caches(self) -> None:
         self._caches.clear()
 
-    @property
-    def follows_events(self) -> bool:
-        return bool(self._caches)
-
     def read(self, reading: Reading) -> bool:
         """A look at its metrics. True when they show that it is another process than before."""
         self._reading = reading
-        known, self._started_at = self._started_at, reading.started_at or self._started_at
-        if not reading.started_at or reading.started_at == known:
+        known = self._started_at
+        # Never back: several processes may answer by turns, and none of them is a new one then.
+        if reading.started_at <= known:
             return False
+        self._started_at = reading.started_at
         self._begin(int(reading.started_at * 1000))
         return bool(known)
 
@@ -107,7 +107,7 @@ class EngineState:
             kv_usage=reading.kv_usage,
             capacity_blocks=reading.capacity_blocks,
             block_tokens=reading.block_tokens,
-            events=self.follows_events,
+            events=self.hears_events,
             stored_tokens=self._stored_tokens,
             removed_tokens=self._removed_tokens,
         )

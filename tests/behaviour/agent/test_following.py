@@ -202,6 +202,19 @@ async def test_what_was_missed_is_replayed_and_what_cannot_be_is_forgotten() -> 
     await fake.close()
 
 
+async def test_events_that_cannot_be_heard_are_not_said_to_be() -> None:
+    """Counts that stand still would else look like an engine that stores nothing."""
+    sink = Kept()
+    nobody = Publisher(f"tcp://127.0.0.1:{free_port()}")
+    async with engine_process(*SMALL) as engine:
+        finder = StaticEngines([Address(engine.url, "r0", (nobody,))])
+        async with running_agent(Listed({"r0": engine.url}), sink, finder=finder):
+            await eventually(lambda: sink.reports["r0"].capacity_blocks > 0)
+            first = sink.reports["r0"]
+            await eventually(lambda: sink.reports["r0"].at > first.at + 0.2)
+            assert not sink.reports["r0"].events
+
+
 async def test_poison_costs_what_is_known_and_no_more() -> None:
     sink, fake = Kept(), FakePublisher()
     async with engine_process(*SMALL) as engine:
