@@ -21,6 +21,7 @@ from typing import Any
 from aiohttp import web
 from ruamel.yaml import YAML
 
+READING = ("status", "optimize", "clusters")
 STARTING = ("PENDING", "PROVISIONING", "STARTING", "READY")
 ENDED = (
     "SHUTTING_DOWN",
@@ -136,6 +137,7 @@ class SkyApiServer:
         self.headers: list[dict[str, str]] = []
         self.refuse: dict[str, tuple[str, str]] = {}
         """Verb or service name -> (kind, message) of the error its requests end with."""
+        self.clusters: list[str] = []
         self.token: str | None = None
         self.down: bool = False
         """Connections are closed without an answer."""
@@ -270,23 +272,24 @@ class SkyApiServer:
         await self._gate(request)
         if request.path == "/api/cancel":
             return web.json_response(None, headers={"X-Skypilot-Request-ID": str(uuid.uuid4())})
-        verb = request.path.rpartition("/")[2]
+        verb = "clusters" if request.path == "/status" else request.path.rpartition("/")[2]
         user = body.get("env_vars", {}).get("SKYPILOT_USER_ID", "")
         made = FakeRequest(str(uuid.uuid4()), f"sky.serve.{verb}", user)
         self.requests[made.id] = made
         task = asyncio.create_task(self._run(made, verb, copy.deepcopy(body)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        if self.swallow_answers and verb not in ("status", "optimize"):
+        if self.swallow_answers and verb not in READING:
             _hang_up(request)
         return web.json_response(None, headers={"X-Skypilot-Request-ID": made.id})
 
     async def _run(self, request: FakeRequest, verb: str, body: dict[str, Any]) -> None:
-        if verb not in ("status", "optimize"):
+        if verb not in READING:
             await asyncio.sleep(self.latency_s)
             await self.held.wait()
         refused = self.refuse.get(verb) or self.refuse.get(body.get("service_name", ""))
-        act = {
+        act: dict[str, Any] = {
+            "clusters": lambda *_: [{"name": name, "status": "STOPPED"} for name in self.clusters],
             "optimize": self._optimize,
             "up": self._up,
             "update": self._update,
@@ -349,6 +352,7 @@ class SkyApiServer:
             "/serve/status",
             "/api/cancel",
             "/optimize",
+            "/status",
         ):
             app.router.add_post(path, self._post)
         app.router.add_get("/api/get", self._get)

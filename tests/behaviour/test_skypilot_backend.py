@@ -300,7 +300,7 @@ async def test_state_lost_by_skypilot_is_built_again(lab: Lab) -> None:
 
 
 async def test_there_is_an_upsert(lab: Lab) -> None:
-    """skypilot#9678: `up` or `update`, whichever it takes, from what is there."""
+    """skypilot#8128, #8129: `up` or `update`, whichever it takes, from what is there."""
     backend = await lab.backend()
     for action in (Update(sky_workload(), "roll", ""), Create(sky_workload(spec="two"), "")):
         await backend.apply(action)
@@ -312,7 +312,7 @@ async def test_there_is_an_upsert(lab: Lab) -> None:
 
 
 async def test_a_changed_image_or_argument_always_rolls_and_the_same_spec_never(lab: Lab) -> None:
-    """skypilot#4301: an update of an image was a no-op there."""
+    """skypilot#4301: an update changed nothing where SkyServe saw no difference."""
     cloud = {"type": "cloud", "cloud": "aws"}
     one = sky_workload(provider=cloud, spec="one", image="org/engine:1")
     two = sky_workload(provider=cloud, spec="two", image="org/engine:2")
@@ -481,6 +481,46 @@ async def test_a_stuck_controller_is_told(lab: Lab) -> None:
 
 async def _not(ask: Callable[[], Any]) -> bool:
     return not await ask()
+
+
+async def test_a_controller_that_cannot_be_reached_is_unknown(lab: Lab) -> None:
+    """skypilot#4590: the controller's pod is lost, and SkyPilot can only say so."""
+    backend, workload = await lab.backend(), sky_workload()
+    await backend.apply(Create(workload, ""))
+    before = await ready(lab, backend, workload)
+    lab.server.refuse["status"] = ("ClusterNotUpError", "Failed to connect to serve controller.")
+
+    async def unknown() -> str:
+        answer = await backend.observe()
+        return answer.reason if isinstance(answer, Unknown) else ""
+
+    assert "Failed to connect to serve controller" in await eventually(unknown)
+    del lab.server.refuse["status"]
+    await eventually(lambda: _not(unknown))
+    assert await seen(backend) == before
+
+
+async def test_no_live_services_is_believed_unless_a_controller_says_otherwise(lab: Lab) -> None:
+    """skypilot#4004: it says so too where it takes a controller that runs for stopped."""
+    lab.server.refuse["status"] = ("ClusterNotUpError", "No live services.")
+    lab.server.clusters = ["sky-serve-controller-abcd"]
+    backend, workload = await lab.backend(), sky_workload()
+    assert await seen(backend) is None, "nothing of ours was ever there"
+    del lab.server.refuse["status"]
+    await backend.apply(Create(workload, ""))
+    await ready(lab, backend, workload)
+    lab.server.refuse["status"] = ("ClusterNotUpError", "No live services.")
+
+    async def unknown() -> str:
+        answer = await backend.observe()
+        return answer.reason if isinstance(answer, Unknown) else ""
+
+    assert "sky start" in await eventually(unknown)
+    lab.server.clusters = []
+    await eventually(lambda: _not(unknown))
+    assert await seen(backend) is None, (
+        "no controller at all: they are gone, and will be made again"
+    )
 
 
 async def test_a_removal_drains_until_released_or_until_its_time(lab: Lab) -> None:

@@ -32,6 +32,7 @@ OLDEST_API: Final = 24
 _REQUEST_ID: Final = "X-Skypilot-Request-ID"
 # As the SDK of the version that this was read and tested against.
 _VERSIONS: Final = {"X-SkyPilot-API-Version": "62", "X-SkyPilot-Version": "0.14.1"}
+_CONTROLLER: Final = "sky-serve-controller-"
 _GONE: Final = frozenset({"RequestInterruptedError", "RequestCancelled"})
 
 
@@ -101,6 +102,10 @@ class _Failure(msgspec.Struct, frozen=True):
 class _Error(msgspec.Struct, frozen=True):
     type: str = "Exception"
     message: str = ""
+
+
+class _Cluster(msgspec.Struct, frozen=True):
+    name: str
 
 
 class _User(msgspec.Struct, frozen=True):
@@ -189,6 +194,24 @@ class SkyPilotApi:
                 f"{self.endpoint} did not answer a status request within "
                 f"{self._settings.result_timeout_s:g} s"
             ) from None
+
+    async def has_controller(self) -> bool:
+        """Whether the server knows a machine that SkyServe's controller runs on, stopped or not.
+
+        Raises:
+            Refusal, BackendUnreachable: nothing is known.
+        """
+        asked = {
+            "cluster_names": [f"{_CONTROLLER}*"],
+            "include_credentials": False,
+            "include_handle": False,
+        }
+        request_id = await self.submit("/status", asked)
+        try:
+            found = await self.result(request_id, self._settings.result_timeout_s)
+        except (RequestUnknown, TimeoutError):
+            raise BackendUnreachable(f"{self.endpoint} does not tell its clusters") from None
+        return any(c.name.startswith(_CONTROLLER) for c in _decode(list[_Cluster], found))
 
     async def check(self, task: str) -> None:
         """Has SkyPilot's optimizer say whether a task can run anywhere, before anything is started.

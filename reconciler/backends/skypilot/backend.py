@@ -287,12 +287,22 @@ class SkyPilotBackend:
         try:
             rows = await self.api.status()
         except Refusal as error:
-            if error.kind == "ClusterNotUpError" and "No live services" in str(error):
-                # There is no controller at all, and so no service.
-                return {}
-            raise
+            if error.kind != "ClusterNotUpError" or "No live services" not in str(error):
+                raise
+            # So it says where there never was a controller, and where it takes one for stopped.
+            if self._services or self._notes:
+                await self._believe_gone()
+            return {}
         services = await asyncio.to_thread(self._reader.read, rows)
         return {name: self._with_task(service) for name, service in services.items()}
+
+    async def _believe_gone(self) -> None:
+        """Raises: BackendUnreachable, where services may well live on under a controller that is not seen."""
+        if await self.api.has_controller():
+            raise BackendUnreachable(
+                "SkyPilot takes the controller of its services for stopped; start it again with: "
+                "sky start NAME, where sky status -u shows its name"
+            )
 
     def _with_task(self, service: Service) -> Service:
         """The service as of its last version that had a task: an update numbers the next one first.
