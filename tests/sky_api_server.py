@@ -12,6 +12,7 @@ import asyncio
 import copy
 import io
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from typing import Any
 from aiohttp import web
 from ruamel.yaml import YAML
 
-READING = ("status", "optimize", "clusters")
+READING = ("status", "optimize", "clusters", "list_accelerators")
 STARTING = ("PENDING", "PROVISIONING", "STARTING", "READY")
 ENDED = (
     "SHUTTING_DOWN",
@@ -144,6 +145,8 @@ class SkyApiServer:
         self.swallow_answers: bool = False
         """POSTs are taken on, and their answers lost."""
         self.api_version = "62"
+        self.instance_types: list[list[Any]] = []
+        """As SkyPilot's InstanceTypeInfo: cloud, type, GPU, GPUs, ..., price, spot price, region."""
         self._endpoint = endpoint or (lambda name, replica: f"http://10.0.0.{replica}:8000")
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -263,6 +266,14 @@ class SkyApiServer:
     def _optimize(self, body: dict[str, Any], user: str) -> None:
         assert YAML(typ="safe").load(body["dag"])["resources"]
 
+    def _list_accelerators(self, body: dict[str, Any], user: str) -> Any:
+        found: dict[str, list[Any]] = {}
+        for row in self.instance_types:
+            matches = re.search(body["name_filter"], row[2], re.IGNORECASE)
+            if matches and row[0].lower() in body["clouds"]:
+                found.setdefault(row[2], []).append(row)
+        return found
+
     def _status(self, body: dict[str, Any], user: str) -> Any:
         return self.rows(body["service_names"])
 
@@ -295,6 +306,7 @@ class SkyApiServer:
             "update": self._update,
             "down": self._down,
             "status": self._status,
+            "list_accelerators": self._list_accelerators,
         }
         try:
             if refused is None:
@@ -353,6 +365,7 @@ class SkyApiServer:
             "/api/cancel",
             "/optimize",
             "/status",
+            "/list_accelerators",
         ):
             app.router.add_post(path, self._post)
         app.router.add_get("/api/get", self._get)

@@ -6,7 +6,7 @@ Not here: what is wrong with the objects (references), what exists (observed), o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Final
 
@@ -69,6 +69,7 @@ def compile_workloads(
     *,
     places: Mapping[str, str] | None = None,
     catalogue: Catalogue | None = None,
+    unpriced: Collection[str] = (),
 ) -> Desired:
     """One workload for each deployment that has a place.
 
@@ -76,6 +77,8 @@ def compile_workloads(
         effective: what is acted on.
         places: deployment -> the cluster where it runs; it stays there while that will do.
         catalogue: prices where Git has none.
+        unpriced: clusters whose prices have been asked for and are not known yet: who could go
+            there, and runs nowhere, waits for them, for what is chosen now stays chosen.
     """
     functions: dict[str, Function] = {}
     clusters: dict[str, Cluster] = {}
@@ -104,6 +107,11 @@ def compile_workloads(
         spec = deployment.spec
         function = functions[spec.function]
         least = function.spec.scaling.min_replicas if spec.replicas is None else spec.replicas
+        if not _is_placed(deployment, here) and not set(unpriced).isdisjoint(spec.placement.any_of):
+            shielded[deployment.metadata.name] = (
+                "waiting for SkyPilot's prices to choose a cluster by"
+            )
+            continue
         choice = choose(
             spec.placement,
             function.spec,

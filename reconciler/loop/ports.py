@@ -5,12 +5,14 @@ Not here: Backend (backends.base) and Source (sources.base), which have implemen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from reconciler.core.config import Loaded
 from reconciler.core.last_good import Objects
+from reconciler.core.placement import Catalogue
+from reconciler.core.price_questions import Question
 from reconciler.publish.lease import Held
 from reconciler.publish.revert_branch import Revert
 from schemas.wire.events import RouterHeartbeat
@@ -48,6 +50,14 @@ class Routers(Protocol):
 
     def alive(self) -> Mapping[str, RouterHeartbeat] | None:
         """By router id; None while nobody can tell (the store does not answer)."""
+        ...
+
+
+class Prices(Protocol):
+    """What GPUs cost where Git does not say."""
+
+    async def prices(self, questions: Collection[Question]) -> Catalogue:
+        """Raises: BackendUnreachable: nothing is known."""
         ...
 
 

@@ -21,14 +21,16 @@ from reconciler.core.compile import compile_workloads, places_of, platform_of
 from reconciler.core.config import ObjectKey
 from reconciler.core.last_good import Effective, Objects, effective
 from reconciler.core.observed import Observation, Unknown
+from reconciler.core.placement import Catalogue
 from reconciler.core.plan import Pending, PlanPolicy, parse_confirmation, plan
+from reconciler.core.price_questions import Question, price_questions
 from reconciler.core.routes import changed_deployments, compile_routes, released
 from reconciler.core.signals import Signals
 from reconciler.core.status import RoutingView, World
 from reconciler.core.steer import Steering, resumed, steer
 from reconciler.core.workload import Desired
 from reconciler.errors import ReconcileError, Stalled, Transient, Waiting
-from reconciler.loop.ports import Config, Leadership, Reading, Reverts, Routers, Routes
+from reconciler.loop.ports import Config, Leadership, Prices, Reading, Reverts, Routers, Routes
 from reconciler.loop.state import State, StateFile
 from reconciler.loop.status_task import rfc3339_now
 from reconciler.publish.lease import Held
@@ -48,6 +50,8 @@ PUBLISH_AGAIN_S = 1.0
 STEER_EVERY_S = 1.0
 """Between passes while load or a roll may change what is wanted."""
 REVERT_AGAIN_S = 30.0
+PRICES_AGAIN_S = 300.0
+PRICES_LAST_S = 24 * 3600.0
 
 
 @dataclass(slots=True)
@@ -74,6 +78,10 @@ class Memory:
     steering: Steering = field(default_factory=Steering)
     restless: bool = False
     """Load or a roll may change what is wanted at any time."""
+    catalogue: Catalogue = field(default_factory=dict)
+    asked: frozenset[Question] = frozenset()
+    """Prices that the catalogue was asked for and has answered, or has not been able to."""
+    ask_again_at: float = inf
     places: Mapping[str, str] = field(default_factory=dict)
     """Deployment -> the cluster it was put in."""
     objects: Objects | None = None
@@ -108,6 +116,7 @@ class Reconciler:
         on_source_problem: Callable[[str], None] = lambda _: None,
         signals: Signals | None = None,
         reverts: Reverts | None = None,
+        prices: Prices | None = None,
         clock: Callable[[], float] = time.monotonic,
         now_text: Callable[[], str] = rfc3339_now,
     ) -> None:
@@ -121,6 +130,8 @@ class Reconciler:
         self._on_source_problem = on_source_problem
         self._signals = signals or Signals()
         self._reverts = reverts
+        self._prices = prices
+        self._asking: asyncio.Task[None] | None = None
         self._reverting: dict[str, asyncio.Task[None]] = {}
         self._clock = clock
         self._now_text = now_text
@@ -171,7 +182,7 @@ class Reconciler:
                 waking.cancel()
         finally:
             stopping.cancel()
-            for task in (self._reading, *self._reverting.values()):
+            for task in (self._reading, self._asking, *self._reverting.values()):
                 if task is not None:
                     task.cancel()
 
@@ -200,6 +211,9 @@ class Reconciler:
         if observed != memory.observed:
             memory.routes_due = True
         memory.observed = observed
+        if self._clock() >= memory.ask_again_at:
+            memory.ask_again_at = inf
+            self._ask_prices(price_questions(current.objects))
         if memory.compile_due:
             self._compile(current)
         self._steer(current)
@@ -289,9 +303,35 @@ class Reconciler:
         memory = self.memory
         # What runs somewhere stays there; of two places, as while it moves, the newest decision counts.
         places = {**places_of(current, memory.observed), **memory.places}
-        memory.compiled = compile_workloads(current, places=places)
+        questions = price_questions(current.objects) if self._prices is not None else frozenset()
+        memory.compiled = compile_workloads(
+            current,
+            places=places,
+            catalogue=memory.catalogue,
+            unpriced={question.cluster for question in questions - memory.asked},
+        )
+        if questions - memory.asked:
+            self._ask_prices(questions)
         memory.places = {w.deployment: w.cluster for w in memory.compiled.workloads.values()}
         memory.compile_due = False
+
+    def _ask_prices(self, questions: frozenset[Question]) -> None:
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._take_prices(questions))
+
+    async def _take_prices(self, questions: frozenset[Question]) -> None:
+        memory = self.memory
+        assert self._prices is not None
+        try:
+            memory.catalogue = await self._prices.prices(questions)
+            pause_s = PRICES_LAST_S
+        except Exception as error:  # noqa: BLE001 - nobody awaits this task
+            log.warning("prices are not known, so what has none in Git counts last: %s", error)
+            pause_s = PRICES_AGAIN_S
+        memory.asked = questions
+        memory.ask_again_at = self._clock() + pause_s
+        memory.compile_due = True
+        self.wake()
 
     def _steer(self, current: Effective) -> None:
         memory, now = self.memory, self._clock()

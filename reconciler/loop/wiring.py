@@ -21,7 +21,7 @@ from typing import Any
 from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
-from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend
+from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend, SkyPilotPrices
 from reconciler.core.signals import Signals
 from reconciler.core.status import World
 from reconciler.errors import Fenced, Stalled, Transient
@@ -187,6 +187,7 @@ class Assembly:
                 on_world=on_world,
                 on_source_problem=self._on_source_problem,
                 signals=signals,
+                prices=SkyPilotPrices(skypilot.api) if skypilot is not None else None,
                 reverts=RevertBranches(
                     settings.state_dir / "revert.git", settings.repo, settings.branch
                 ),

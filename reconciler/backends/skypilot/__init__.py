@@ -3,6 +3,7 @@
     backend   told, observed, and the loop between
     api       the server's REST API: what is sent and how answers and errors are read
     rows      status rows to core's records
+    prices    what GPUs cost in clouds
     requests  what is under way, on disk, so that a restart takes it up
 
 The REST API and not SkyPilot's SDK: importing that costs 2 s and 158 MB, its calls block, and it
@@ -13,5 +14,6 @@ from __future__ import annotations
 
 from reconciler.backends.skypilot.api import ApiSettings, SkyPilotApi, api_settings
 from reconciler.backends.skypilot.backend import SkyPilotBackend
+from reconciler.backends.skypilot.prices import SkyPilotPrices
 
-__all__ = ["ApiSettings", "SkyPilotApi", "SkyPilotBackend", "api_settings"]
+__all__ = ["ApiSettings", "SkyPilotApi", "SkyPilotBackend", "SkyPilotPrices", "api_settings"]
