@@ -56,6 +56,7 @@ class Share:
     """This process's part of one counter. Amounts are requests, tokens, slots or nano-USD."""
 
     __slots__ = (
+        "apart_since",
         "blocked_amount",
         "blocked_until",
         "blocked_wait_s",
@@ -106,6 +107,8 @@ class Share:
         """A rate: [second, taken here], for when the store is away or has forgotten."""
         self.window_total = 0
         self.logged = 0
+        self.apart_since: int | None = None
+        """A rate: the second since which the store knows nothing of what was taken here."""
         self.outage_base: tuple[int, int] | None = None
         """A budget while the store is away: (used and spent when it went, this process's part of the rest)."""
 
@@ -121,13 +124,16 @@ class Share:
 
     def log(self, now: float) -> None:
         """Notes what was taken since the last time, and forgets what is older than the window."""
-        taken = self.used - self.logged
+        taken, second, window = self.used - self.logged, int(now), self.window
         if taken:
-            self.window.append([int(now), taken])
+            if window and window[-1][0] == second:
+                window[-1][1] += taken
+            else:
+                window.append([second, taken])
             self.window_total += taken
             self.logged = self.used
-        while self.window and self.window[0][0] < int(now) - WINDOW_S:
-            self.window_total -= self.window.popleft()[1]
+        while window and window[0][0] < second - WINDOW_S:
+            self.window_total -= window.popleft()[1]
 
     def unlog(self, at: float, amount: int) -> None:
         """Less was taken at `at` than was noted."""
@@ -146,6 +152,15 @@ class Share:
             until, bucket = min(until, self.pool_until), min(bucket, self.bucket)
         self.pool += amount
         self.pool_until, self.bucket = until, bucket
+
+    def taken_apart(self, now: float) -> list[int]:
+        """What the store does not know of, as corrections by age: [-seconds, amount, ...]."""
+        self.log(now)
+        since = self.apart_since
+        if since is None:
+            return []
+        known = [(second, taken) for second, taken in self.window if second >= since]
+        return [part for second, taken in known for part in (second - int(now), taken)]
 
     def empty_pool(self) -> None:
         """Gives back what is leased and not used."""
@@ -259,6 +274,8 @@ class Message:
     sent_at: float
     charged: list[list[int]]
     """By share: seconds and amounts that were to be added; those above 0 must not be lost."""
+    used: list[int]
+    """By share, when the message was made."""
     tells_all: bool
     """Whether it says what was let in while the store was away."""
 
@@ -307,17 +324,20 @@ class Book:
 
     def settle_tokens(self, share: Share, estimated: int, actual: int, admitted_at: float) -> None:
         """Corrects a rate of tokens at a request's end."""
+        apart = share.apart_since is not None and admitted_at >= share.apart_since
         if actual < estimated:
             # In the second of the admission or before it: what is given back too early expires early.
             second = int(admitted_at + self._offset_s) if self._offset_s else 0
-            corrections = share.corrections
-            corrections[second] = corrections.get(second, 0) + actual - estimated
+            if not apart:
+                corrections = share.corrections
+                corrections[second] = corrections.get(second, 0) + actual - estimated
             share.dirty = True
             share.unlog(admitted_at, estimated - actual)
             share.blocked_until = 0.0
         elif actual > estimated:
-            share.correct(0, actual - estimated)
             share.used += actual - estimated
+            if share.apart_since is None:
+                share.correct(0, actual - estimated)
 
     def release(self, share: Share, amount: int, spent: int = 0) -> None:
         """A request's slot or reservation is free again; of a budget, `spent` is gone for good."""
@@ -382,7 +402,7 @@ class Book:
                 order.append(share)
                 shares[id(share)] = len(order)
         keys = [self.epoch_key, self.routers_key, *(share.limit.key for share in order)]
-        counters, charged = [], []
+        counters, charged, used = [], [], []
         for share in order:
             limit = share.limit
             lease = max(share.lease, _FIRST_LEASE * wanted[id(share)]) if id(share) in wanted else 0
@@ -393,6 +413,9 @@ class Book:
                 ledger = len(keys)
             flat: list[int] = [part for pair in share.corrections.items() for part in pair]
             charged.append(flat)
+            if share.apart_since is not None:
+                flat = [*flat, *share.taken_apart(now)]
+            used.append(share.used)
             part = 1 if limit.role == "budget_usd" else 2
             a: object = flat if share.is_rate else share.used
             counters.append(
@@ -423,7 +446,7 @@ class Book:
             )
         )
         self._told_at = now
-        return Message(keys, body, order, list(asks), now, charged, self.away)
+        return Message(keys, body, order, list(asks), now, charged, used, self.away)
 
     def answered(
         self, message: Message, data: bytes, now: float
@@ -445,6 +468,11 @@ class Book:
             self.away = False
             for share in self.shares.values():
                 share.outage_base = None
+        for share, used in zip(message.shares, message.used, strict=True):
+            if share.apart_since is not None:
+                share.apart_since = None
+                if share.is_rate:
+                    share.correct(0, share.used - used)
         for share, (extra, life_ms, free, spent) in zip(
             message.shares, answer.counters, strict=True
         ):
@@ -508,6 +536,7 @@ class Book:
             share.dirty = True
             if share.is_rate:
                 share.log(now)
+                share.apart_since = None
                 share.corrections = {}
                 for second, amount in share.window:
                     share.correct(min(0, second - int(now)), amount)
@@ -553,7 +582,8 @@ class Book:
         for share, unit in wants:
             share.used += amounts[unit]
             if share.is_rate:
-                share.correct(0, amounts[unit])
+                if share.apart_since is None:
+                    share.apart_since = int(now)
                 share.log(now)
             share.dirty = True
         return None

@@ -424,3 +424,21 @@ def test_what_is_leased_early_and_used_late_counts_until_a_window_after_its_use(
     # All but those are long forgotten, and they are not.
     made.now_s = 1000.0 + WINDOW_S + 2
     assert total(made, 900) == 400 - late
+
+
+def test_after_a_long_outage_only_the_last_minute_counts(valkey):
+    made = world(valkey, *limits(30, 10**6, 0, 0)[:2])
+    assert made.request(0, (1, 10, 0)) == "granted"
+    book = made.books[0]
+    book.lost()
+    for _ in range(200):
+        made.now_s += 3
+        assert book.take_part(made.wants(0), (1, 10, 0), made.now_s) is None
+        book.settle_tokens(made.books[0].shares["l:tokens"], 10, 4, made.now_s)
+    for name, taken in (("requests", 1), ("tokens", 4)):
+        share = book.shares[f"l:{name}"]
+        assert len(share.window) <= WINDOW_S + 1
+        assert len(share.corrections) <= 1
+        made.say(0, [])
+        within = WINDOW_S // 3 + 1
+        assert abs((share.limit.limit - share.free) - taken * within) <= 2 * taken
