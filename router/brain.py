@@ -23,6 +23,7 @@ from router.core.score import Fleet, Held
 from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
 from router.core.trust import in_engine_tokens
+from router.core.turnover import Turnover
 from router.sharing import Sharing
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import Function
@@ -100,6 +101,7 @@ class Brain:
         self._free: list[int] = []
         self._speeds: dict[str, Speeds] = {}
         self._rooms: dict[str, Room] = {}
+        self._turnovers: dict[str, Turnover] = {}
         self._groups: dict[tuple[str, ...], Candidates] = {}
         self._whole: dict[int, tuple[Sequence[Candidate], Candidates]] = {}
         """Of those whom a table itself lists together, by identity: nearly always all are asked."""
@@ -119,6 +121,7 @@ class Brain:
             function = self._functions.pop(replica)
             self._speeds[function].remove(slot)
             self._rooms[function].remove(slot)
+            self._turnovers[function].remove(slot)
             self._free.append(slot)
         for replica, candidate in snapshot.replicas.items():
             if replica not in self._slots:
@@ -131,12 +134,14 @@ class Brain:
                 self.reports.add(slot, time())
                 speeds = self._speeds.setdefault(candidate.function, Speeds())
                 speeds.add(slot, self.now(), rtt_s.get(candidate.cluster, 0.0))
+                self._turnovers.setdefault(candidate.function, Turnover())
                 room = self._rooms.setdefault(candidate.function, Room())
                 self.states.index.set_capacity(slot, room.capacity(slot))
         for name in self._speeds.keys() - snapshot.functions.keys():
             if name not in self._functions.values():
                 del self._speeds[name]
                 del self._rooms[name]
+                del self._turnovers[name]
 
     def prompt(
         self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
@@ -192,8 +197,8 @@ class Brain:
     def _refresh(self, now: float) -> None:
         """Puts what was learned of all replicas where decisions read it."""
         self._refreshed_at = now
-        for each in self._speeds.values():
-            each.refresh(now)
+        for name, each in self._speeds.items():
+            each.refresh(now, self._turnovers[name].dearer(self.states.index, each.factor))
         self.reports.expire(now)
         for slot, replica in self._names.items():
             # Where an engine's size is reported there is nothing to guess.

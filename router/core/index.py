@@ -100,6 +100,10 @@ class PrefixIndex:
         replica = self._replicas.get(slot)
         return replica.cache.size if replica else 0
 
+    def capacity(self, slot: int) -> int:
+        """Blocks that a replica is taken to have room for."""
+        return self._replicas[slot].cache.capacity
+
     def inserted(self, slot: int) -> int:
         """Blocks that a replica was ever credited with anew; only grows while it has its slot."""
         replica = self._replicas.get(slot)

@@ -77,7 +77,7 @@ class Candidates:
         """What is known of them, side by side."""
         gather = self._gather
         if self._version != speeds.version:
-            self._known = gather(speeds.rtt_s), gather(speeds.slow), gather(speeds.factor)
+            self._known = gather(speeds.rtt_s), gather(speeds.slow), gather(speeds.cost)
             self._version = speeds.version
         return Fleet(
             *self._known,

@@ -63,7 +63,7 @@ class Fleet(msgspec.Struct, gc=False):
     slow: Sequence[float]
     """At least 1: how much longer prefill takes there just now than its speed says."""
     factor: Sequence[float]
-    """c: how many times the fleet's prefill time a replica needs."""
+    """c: how many times the fleet's prefill time a replica needs, or what it counts as if it is dearer."""
     p: float
     """Seconds a token: the fleet's 1/v."""
     q: float

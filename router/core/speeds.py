@@ -11,6 +11,7 @@ prefill's time at the front of its queue, without the network).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, isfinite
 from statistics import median
@@ -36,6 +37,7 @@ MIN_FIT_TOKENS: Final = 20_000.0
 RAMP_S: Final = 30.0
 RAMP_SLOW: Final = 2.0
 """How much slower a replica is taken to be the moment it appears among older ones."""
+_NO_DEARER: Final[Mapping[int, float]] = {}
 _RTT_GAIN: Final = 1 / 2
 """Noise only adds: the shorter one is the truer one."""
 _RTT_RISE: Final = 1 / 32
@@ -120,6 +122,8 @@ class Speeds:
     """Seconds a square token: the fleet's 1/(2 a v)."""
     factor: dict[int, float] = field(default_factory=dict)
     """c_i: how many times the fleet's time a replica needs."""
+    cost: dict[int, float] = field(default_factory=dict)
+    """The factor, times what makes prefill dearer there than its time."""
     slow: dict[int, float] = field(default_factory=dict)
     """At least 1: more while a replica has just appeared."""
     rtt_s: dict[int, float] = field(default_factory=dict)
@@ -134,7 +138,7 @@ class Speeds:
 
     def remove(self, slot: int) -> None:
         self._replicas.pop(slot, None)
-        for known in (self.factor, self.slow, self.rtt_s):
+        for known in (self.factor, self.cost, self.slow, self.rtt_s):
             known.pop(slot, None)
         self.version += 1
 
@@ -178,8 +182,8 @@ class Speeds:
             error = seconds - replica.rtt_s
             replica.rtt_s += error * (_RTT_RISE if error > 0 else _RTT_GAIN)
 
-    def refresh(self, now: float) -> None:
-        """Puts what was learned where scoring reads it."""
+    def refresh(self, now: float, dearer: Mapping[int, float] = _NO_DEARER) -> None:
+        """Puts what was learned where scoring reads it. `dearer`: times; 1 for those left out."""
         p, q = self.p, self.q = self.pace.fit()
         factors = [r.factor(p, q) for r in self._replicas.values() if r.tokens]
         middle = median(factors) if factors else 1.0
@@ -189,6 +193,7 @@ class Speeds:
         for slot, replica in self._replicas.items():
             own = replica.tokens / (replica.tokens + PRIOR_TOKENS)
             self.factor[slot] = own * replica.factor(p, q) + (1 - own) * middle
+            self.cost[slot] = self.factor[slot] * dearer.get(slot, 1.0)
             left = max(0.0, 1 - (now - replica.since) / RAMP_S)
             self.slow[slot] = 1 + (RAMP_SLOW - 1) * (left - eldest_left)
             self.rtt_s[slot] = replica.rtt_s

@@ -292,7 +292,7 @@ def test_13_no_session_drags_a_canary_along():
     sessions = [rng.getrandbits(64) for _ in range(2000)]
 
     def arm(session, canary):
-        return by_session(candidates_of[canary], session)[0].deployment
+        return by_session(candidates_of[canary], session)
 
     candidates_of = {canary: candidates(canary) for canary in (10, 20)}
     # Each asks many times over; the canary has its share of the sessions, and no more as time goes on.
