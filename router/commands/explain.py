@@ -68,13 +68,12 @@ def explain(
 def as_data(decision: Decision) -> dict[str, Any]:
     """The record and what follows from it, as plain data."""
     told = explained(decision)
-    data: dict[str, Any] = msgspec.to_builtins(decision, builtin_types=(bytes,))
+    data = msgspec.structs.asdict(decision)
     data["chain"] = decision.chain.hex()
-    data["candidates"] = [
-        dict(zip(c.__struct_fields__, msgspec.structs.astuple(c), strict=True))
-        for c in decision.candidates
-    ]
-    data["removed"] = [{"replica": r.replica, "reason": r.reason} for r in decision.removed]
+    data["weights"] = msgspec.structs.asdict(decision.weights)
+    data["candidates"] = [msgspec.structs.asdict(c) for c in decision.candidates]
+    data["removed"] = [msgspec.structs.asdict(r) for r in decision.removed]
+    data["outcome"] = msgspec.structs.asdict(decision.outcome) if decision.outcome else None
     data["standings"] = [
         asdict(s) | {"signals": s.signals._asdict() if s.signals else None} for s in told.standings
     ]
