@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any
 from urllib.request import urlopen
 
 import openai
@@ -14,7 +17,7 @@ import pytest
 from git import Repo
 from openai import OpenAI
 
-from tests.e2e.up_process import Up
+from tests.e2e.up_process import DETOSERVE, Up
 from tests.support import eventually_sync
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -168,6 +171,40 @@ def test_routers_hear_what_engines_hold(start_up: Callable[..., Up]) -> None:
     say(client, "word " * 2000)
     assert eventually_sync(lambda: max(told("detoserve_router_index_blocks").values()) > 30)
     assert set(told("detoserve_router_cache_trust").values()) == {1.0}
+
+
+def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:
+    up = start_up()
+    ready = up.ready()
+    client = up.client(ready)
+
+    def answered() -> str:
+        got = client.chat.completions.with_raw_response.create(
+            model="chat", messages=[{"role": "user", "content": "Why?"}], max_tokens=4
+        )
+        return str(got.headers["x-detoserve-route"])
+
+    def explained(route: str) -> dict[str, Any]:
+        told = subprocess.run(
+            [DETOSERVE, "explain", route, "--json", "--state-dir", up.state_dir],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        (one,) = json.loads(told.stdout)
+        return dict(one)
+
+    first = answered()
+    before = eventually_sync(lambda: explained(first))
+    assert before["policy"] == "expected-latency"
+    assert before["policy_since"] == before["revision"]
+    assert len(before["candidates"]) == 2
+    weights = "routing:\n    policy: least-load\n  scaling:"
+    commit = up.replace(CHAT, "scaling:", weights, "Route chat by load alone")
+    eventually_sync(lambda: explained(answered())["policy"] == "least-load")
+    up.replace(CHAT, "minReplicas: 2", "minReplicas: 1", "Shrink chat")
+    after = eventually_sync(
+        lambda: (found := explained(answered()))["revision"] != commit and found
+    )
+    assert after["policy_since"] == commit
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
