@@ -15,7 +15,7 @@ import pytest
 
 from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend, api_settings
 from reconciler.backends.skypilot.backend import Pace
-from reconciler.backends.skypilot.requests import Flight, Note, RequestDir
+from reconciler.backends.skypilot.notes import Flight, Note, NoteDir
 from reconciler.core.action import Create, Delete, Update
 from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
 from reconciler.core.plan import PlanPolicy, plan
@@ -111,7 +111,7 @@ async def test_a_reconciler_killed_at_any_step_of_a_create_leaves_one_service(
 ) -> None:
     workload = sky_workload()
     flight = Flight("up", workload.deployment, workload.spec_digest, workload.replicas)
-    files = RequestDir(lab.path / "state")
+    files = NoteDir(lab.path / "state")
     list(files.read())
     lab.server.held.clear()
     if killed != "before it is sent":

@@ -4,7 +4,9 @@
     api       the server's REST API: what is sent and how answers and errors are read
     rows      status rows to core's records
     prices    what GPUs cost in clouds
-    requests  what is under way, on disk, so that a restart takes it up
+    sight     the services, looked at once a round
+    outbox    what is due, sent
+    notes     what is under way, on disk, so that a restart takes it up
 
 The REST API and not SkyPilot's SDK: importing that costs 2 s and 158 MB, its calls block, and it
 unpickles what the server sends.

@@ -15,16 +15,12 @@ import contextlib
 import logging
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
-from reconciler.backends.secret_values import redact, resolve
 from reconciler.backends.skypilot.api import (
     ApiSettings,
     Pending,
@@ -32,59 +28,27 @@ from reconciler.backends.skypilot.api import (
     RequestUnknown,
     SkyPilotApi,
 )
-from reconciler.backends.skypilot.requests import (
-    DRAIN_TIMEOUT_S,
-    Flight,
-    Note,
-    RequestDir,
-    Verb,
-)
-from reconciler.backends.skypilot.rows import RowReader
+from reconciler.backends.skypilot.notes import Flight, Notes
+from reconciler.backends.skypilot.outbox import Outbox, for_a_human, plain
+from reconciler.backends.skypilot.sight import Sight
 from reconciler.core.action import Create, Delete, Effect, Update
 from reconciler.core.backoff import delay_s
-from reconciler.core.observed import Observation, ObservedWorkload, Phase, Unknown
-from reconciler.core.plan import template_data
+from reconciler.core.observed import Observation, ObservedWorkload, Unknown
 from reconciler.core.skypilot import steps
-from reconciler.core.skypilot.render import check, service_task
+from reconciler.core.skypilot.render import check
 from reconciler.core.skypilot.service import Service
-from reconciler.core.skypilot.states import Stage, replica_state, service_state
+from reconciler.core.skypilot.states import Stage, service_state
 from reconciler.core.skypilot.view import Known, UnderWay, observed
 from reconciler.core.workload import Workload
-from reconciler.errors import (
-    BackendUnreachable,
-    NotOurs,
-    ReconcileError,
-    Stalled,
-    Transient,
-    Waiting,
-)
+from reconciler.errors import BackendUnreachable, NotOurs, Stalled, Transient, Waiting
 
 log = logging.getLogger("detoserve.skypilot")
 
-_AT_REST: Final = frozenset({Phase.READY, Phase.FAILED})
 CALLS_AT_ONCE: Final = 8
 # A request whose sending was cut off may reach the server late; it is given up for lost after this.
 LOST_AFTER_ROUNDS: Final = 2
-_ANSI: Final = re.compile(r"\x1b\[[0-9;]*m")
-# What SkyPilot says no to whatever the time; anything else may go away by itself.
-_FOR_A_HUMAN: Final = frozenset(
-    {
-        "InvalidRequest",
-        "InvalidSkyPilotConfigError",
-        "NoCloudAccessError",
-        "NoWorkspaceAccessError",
-        "NotSupportedError",
-        "PermissionDeniedError",
-        "ResourcesUnavailableError",
-        "UserRequestRejectedByPolicy",
-        "ValueError",
-    }
-)
-_PATHS: Final[dict[Verb, str]] = {
-    "up": "/serve/up",
-    "update": "/serve/update",
-    "down": "/serve/down",
-}
+# What only a human can change is tried again all the same, this much more seldom.
+SELDOM: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,18 +97,15 @@ class SkyPilotBackend:
         self.api = SkyPilotApi(settings, owner)
         self._owner = owner
         self._notify = notify
-        self._environ = environ
         self._leading = leading
         self._pace = pace or Pace()
         self._clock = clock
-        self._dir = RequestDir(state_dir)
-        self._reader = RowReader()
-        self._notes: dict[str, Note] = {}
+        self._notes = Notes(state_dir)
+        self._sight = Sight(self.api, self._notes, owner, clock)
+        self._outbox = Outbox(self.api, self._notes, owner, environ)
         self._told: dict[str, _Told] = {}
         self._lost: dict[str, int] = {}
         """Rounds in which a request of unknown fate was not seen."""
-        self._since: dict[str, tuple[str, float]] = {}
-        self._services: dict[str, Service] | None = None
         self._problem = "it has not been asked yet"
         self._looks = 0
         """Begun so far; a look is one status call."""
@@ -161,9 +122,9 @@ class SkyPilotBackend:
             BackendUnreachable: the state directory cannot be used.
         """
         try:
-            self._notes = dict(await asyncio.to_thread(lambda: list(self._dir.read())))
+            await self._notes.load()
         except OSError as error:
-            raise BackendUnreachable(f"{self._dir.path}: {error.strerror}") from error
+            raise BackendUnreachable(f"{self._notes.dir.path}: {error.strerror}") from error
         self._task = asyncio.create_task(self._run())
 
     async def observe(self) -> Observation | Unknown:
@@ -175,13 +136,13 @@ class SkyPilotBackend:
     async def apply(self, action: Effect) -> None:
         """As the Protocol says. What was taken on and is lost in a crash is planned again."""
         await self._first_look()
-        services, lease = self._services, self._leading()
+        services, lease = self._sight.services, self._leading()
         if services is None or self._problem:
             raise BackendUnreachable(self._problem)
         if lease is None:
             raise Transient("another reconciler leads")
         service = services.get(action.name)
-        if service is not None and service.marks is not None and not self._is_ours(service):
+        if action.name in self._sight.foreign:
             raise NotOurs(f"{action.name} {steps.NOT_OURS}; remove it there, or rename this one")
         match action:
             case Create(workload=workload) | Update(workload=workload):
@@ -207,7 +168,7 @@ class SkyPilotBackend:
 
     def _take(self, workload: Workload, service: Service | None, lease: int) -> None:
         name, told = workload.name, self._told.get(workload.name)
-        flight = self._flight(name)
+        flight = self._notes.flight(name)
         leaving = service and service_state(service.status, name).stage is Stage.LEAVING
         if (
             leaving
@@ -219,7 +180,7 @@ class SkyPilotBackend:
             return
         check(workload)
         # Fails here and now where a secret is missing.
-        self._secrets(workload)
+        self._outbox.secrets(workload)
         as_wanted = steps.next_step(workload, service, self._owner, 0.0) == steps.Settled()
         if as_wanted and told is None and flight is None:
             return
@@ -227,16 +188,15 @@ class SkyPilotBackend:
         self._changed()
 
     def _remove(self, name: str, deployment: str, service: Service | None, lease: int) -> None:
-        told, flight = self._told.get(name), self._flight(name)
+        told, flight = self._told.get(name), self._notes.flight(name)
         if service is None and flight is None:
             if self._told.pop(name, None):
                 self._changed()
             return
         if told is not None and isinstance(told.goal, steps.Removal) and told.lease == lease:
             return
-        note = self._notes.get(name)
-        drain_s = note.drain_timeout_s if note else DRAIN_TIMEOUT_S
-        goal = steps.Removal(name, deployment, self._clock() + drain_s)
+        until = self._clock() + self._notes.of(name).drain_timeout_s
+        goal = steps.Removal(name, deployment, until)
         self._told[name] = _Told(goal, lease, self._looks)
         self._changed()
 
@@ -268,60 +228,24 @@ class SkyPilotBackend:
         look = self._looks
         try:
             pending = await self._finish_requests()
-            services = await self._look()
+            services = await self._sight.look()
         except (BackendUnreachable, Refusal) as error:
-            problem = _plain(str(error)) or "no reason given"
+            problem = plain(str(error)) or "no reason given"
             if not self._problem:
                 log.warning("SkyPilot cannot be asked: %s", problem)
             self._problem = problem
             self._news()
             return
         self._problem = ""
-        self._services = services
-        await self._note_down(services)
-        self._since = self._statuses(services)
+        await self._notes.learn(self._sight.ours, self._told.keys())
         await self._act(services, pending, look)
         self._news()
 
-    async def _look(self) -> dict[str, Service]:
-        try:
-            rows = await self.api.status()
-        except Refusal as error:
-            if error.kind != "ClusterNotUpError" or "No live services" not in str(error):
-                raise
-            # So it says where there never was a controller, and where it takes one for stopped.
-            if self._services or self._notes:
-                await self._believe_gone()
-            return {}
-        services = await asyncio.to_thread(self._reader.read, rows)
-        return {name: self._with_task(service) for name, service in services.items()}
-
-    async def _believe_gone(self) -> None:
-        """Raises: BackendUnreachable, where services may well live on under a controller that is not seen."""
-        if await self.api.has_controller():
-            raise BackendUnreachable(
-                "SkyPilot takes the controller of its services for stopped; start it again with: "
-                "sky start NAME, where sky status -u shows its name"
-            )
-
-    def _with_task(self, service: Service) -> Service:
-        """The service as of its last version that had a task: an update numbers the next one first.
-
-        An update that was cut off leaves it so; what was last known of the service is then in its note.
-        """
-        if service.marks is not None:
-            return service
-        note = self._notes.get(service.name)
-        if note is None or note.incarnation != service.incarnation:
-            return service
-        return replace(service, version=max(note.digests, default=1), marks=note.marks)
-
     async def _finish_requests(self) -> list[Pending] | None:
         """Our unfinished requests (None where that was not asked); results of finished are taken in."""
-        flights = {n: f for n in self._notes if (f := self._flight(n))}
+        flights, there = self._notes.flights(), self._sight.services or {}
         creating = any(
-            isinstance(t.goal, Workload) and n not in (self._services or {})
-            for n, t in self._told.items()
+            isinstance(t.goal, Workload) and name not in there for name, t in self._told.items()
         )
         if not flights and not creating:
             return None
@@ -334,7 +258,8 @@ class SkyPilotBackend:
                 unseen = f"serve.{flight.verb}" not in busy
                 self._lost[name] = self._lost.get(name, 0) + 1 if unseen else 0
                 if self._lost[name] >= LOST_AFTER_ROUNDS:
-                    await self._landed(name)
+                    del self._lost[name]
+                    await self._notes.landed(name)
             elif flight.request_id not in running:
                 done.append((name, flight, flight.request_id))
         await _some_at_once(self._take_result(*item) for item in done)
@@ -356,23 +281,19 @@ class SkyPilotBackend:
                 told.failures, told.trouble, told.stalled = 0, "", False
         if told is not None:
             told.since = self._looks - 1
-        await self._landed(name)
+        await self._notes.landed(name)
 
     def _failed(self, name: str, told: _Told | None, verb: str, error: Refusal) -> None:
-        text = _plain(str(error))
-        if told is not None and isinstance(told.goal, Workload):
-            with contextlib.suppress(ReconcileError):
-                text = redact(text, self._secrets(told.goal).values())
-        text = f"SkyPilot refused to {verb}: {error.kind}: {text}"
+        text = self._outbox.words(told.goal if told else None, verb, error)
         log.warning("%s: %s", name, text)
         if told is None:
             return
         if not error.interrupted:
             told.failures += 1
-            told.trouble, told.stalled = text, error.kind in _FOR_A_HUMAN
+            told.trouble, told.stalled = text, for_a_human(error)
         told.again_at = self._clock() + delay_s(
             told.failures,
-            base_s=self._pace.retry_s * (20 if told.stalled else 1),
+            base_s=self._pace.retry_s * (SELDOM if told.stalled else 1),
             cap_s=600.0,
             jitter_fraction=0.2,
             random_value=random.random(),
@@ -383,7 +304,7 @@ class SkyPilotBackend:
     ) -> None:
         """The next request for every name that needs one."""
         lease, now = self._leading(), self._clock()
-        mine = {f.request_id for n in self._notes if (f := self._flight(n))}
+        mine = {flight.request_id for flight in self._notes.flights().values()}
         # Somebody's `up` under our name whose end is not known: perhaps of the reconciler before.
         strange = any(
             r.name.removeprefix("sky.") == "serve.up" and r.request_id not in mine
@@ -395,14 +316,18 @@ class SkyPilotBackend:
                 # Told under a lease that is gone: what is wanted now, the plan says anew.
                 del self._told[name]
                 continue
-            if self._flight(name) or told.since >= look or told.again_at > now:
+            if self._notes.flight(name) or told.since >= look or told.again_at > now:
                 continue
             step = steps.next_step(told.goal, services.get(name), self._owner, now)
             match step:
                 case steps.Settled():
                     del self._told[name]
-                case steps.Wait(reason=reason) | steps.Refused(reason=reason):
-                    told.trouble, told.stalled = reason, isinstance(step, steps.Refused)
+                case steps.Refused(reason=reason):
+                    # What is seen of it says so too, and the plan leaves it alone.
+                    log.warning("%s: %s", name, reason)
+                    del self._told[name]
+                case steps.Wait(reason=reason):
+                    told.trouble, told.stalled = reason, False
                 case steps.Up() if pending is None or strange:
                     told.trouble = "an earlier request to create a service is still under way"
                 case _:
@@ -410,182 +335,55 @@ class SkyPilotBackend:
         await _some_at_once(self._send(*item) for item in due)
 
     async def _send(self, name: str, told: _Told, step: steps.Step) -> None:
-        """Writes down that a request is sent, sends it, and writes down its id."""
-        goal = told.goal
-        verb: Verb = "down"
         try:
-            if isinstance(goal, Workload):
-                verb = "up" if isinstance(step, steps.Up) else "update"
-                body = self._body(goal)
-                await self.api.check(_yaml(service_task(goal, self._owner) | {"secrets": {}}))
-            else:
-                body = {"service_names": [name], "purge": False}
-            if isinstance(step, steps.Update):
-                body["mode"] = step.mode
+            verb, body = await self._outbox.prepare(told.goal, step)
         except Refusal as error:
-            return self._failed(name, told, verb, error)
+            return self._failed(name, told, "run it", error)
         except (BackendUnreachable, Stalled) as error:
             told.trouble, told.stalled = str(error), isinstance(error, Stalled)
             told.again_at = self._clock() + self._pace.retry_s
             return None
-        return await self._fly(name, told, verb, body)
-
-    async def _fly(self, name: str, told: _Told, verb: Verb, body: dict[str, Any]) -> None:
-        goal, note = told.goal, self._notes.get(name, Note())
-        flight = Flight(verb, goal.deployment, "", 0)
-        if isinstance(goal, Workload):
-            flight = Flight(verb, goal.deployment, goal.spec_digest, goal.replicas)
-            note = msgspec.structs.replace(
-                note,
-                template=template_data(goal.template),
-                template_digest=goal.spec_digest,
-                drain_timeout_s=goal.rollout.drain_timeout,
-            )
         try:
-            await self._write(name, msgspec.structs.replace(note, flight=flight), sync=True)
-            log.info("%s: asking SkyPilot: %s", name, verb)
-            request_id = await self.api.submit(_PATHS[verb], body)
-            flight = msgspec.structs.replace(flight, request_id=request_id)
-            await self._write(name, msgspec.structs.replace(note, flight=flight), sync=True)
+            await self._outbox.send(told.goal, verb, body)
+        except Refusal as error:
+            return self._failed(name, told, verb, error)
         except BackendUnreachable as error:
             # Whether it was taken on is not known; the next rounds find out.
             told.trouble = str(error)
-        except Refusal as error:
-            self._failed(name, told, verb, error)
-            await self._landed(name)
         except OSError as error:
-            told.trouble = f"{self._dir.path} takes nothing: {error.strerror}"
+            told.trouble = f"{self._notes.dir.path} takes nothing: {error.strerror}"
             told.again_at = self._clock() + self._pace.retry_s
         else:
             told.trouble, told.stalled = "", False
-
-    def _body(self, workload: Workload) -> dict[str, Any]:
-        """The body that says what to run; it holds the values of secrets, and goes nowhere else."""
-        task = service_task(workload, self._owner)
-        values = self._secrets(workload)
-        if values:
-            task["secrets"] = values
-        body = {"service_name": workload.name, "task": _yaml(task)}
-        if namespace := workload.template.scheduling.namespace:
-            config = {"kubernetes": {"namespace": namespace}}
-            return {**body, "override_skypilot_config": config}
-        return body
-
-    def _secrets(self, workload: Workload) -> dict[str, str]:
-        """Values for SkyPilot; those in Kubernetes stay there."""
-        named = workload.template.runtime.secrets
-        return resolve(
-            {n: r for n, r in named.items() if r.kubernetes_secret is None}, self._environ
-        )
-
-    async def _landed(self, name: str) -> None:
-        """The request for a name is done with, one way or the other."""
-        self._lost.pop(name, None)
-        note = self._notes.get(name)
-        if note is not None and note.flight is not None:
-            with contextlib.suppress(OSError):
-                await self._write(name, msgspec.structs.replace(note, flight=None))
-
-    async def _note_down(self, services: Mapping[str, Service]) -> None:
-        """Which version of which service ran which template; and forgets those that are gone."""
-        for name, service in services.items():
-            if service.marks is None or not self._is_ours(service):
-                continue
-            note = self._notes.get(name, Note())
-            same = note.incarnation == service.incarnation
-            digests = dict(note.digests) if same else {}
-            if (
-                digests.get(service.version) != service.marks.spec_digest
-                or note.marks != service.marks
-            ):
-                digests[service.version] = service.marks.spec_digest
-                fresh = msgspec.structs.replace(
-                    note, incarnation=service.incarnation, digests=digests, marks=service.marks
-                )
-                with contextlib.suppress(OSError):
-                    await self._write(name, fresh)
-        for name in self._notes.keys() - services.keys():
-            if not self._flight(name) and name not in self._told:
-                del self._notes[name]
-                with contextlib.suppress(OSError):
-                    await asyncio.to_thread(self._dir.remove, name)
-
-    async def _write(self, name: str, note: Note, *, sync: bool = False) -> None:
-        await asyncio.to_thread(self._dir.write, name, note, sync=sync)
-        self._notes[name] = note
-
-    def _flight(self, name: str) -> Flight | None:
-        note = self._notes.get(name)
-        return note.flight if note else None
-
-    def _is_ours(self, service: Service) -> bool:
-        return service.marks is not None and service.marks.owner == self._owner
-
-    def _statuses(self, services: Mapping[str, Service]) -> dict[str, tuple[str, float]]:
-        """Since when each of ours shows what it shows."""
-        now, since = self._clock(), {}
-        for name, service in services.items():
-            if self._is_ours(service):
-                shows = service.status if service.answering else f"{service.status} silent"
-                before = self._since.get(name)
-                since[name] = before if before and before[0] == shows else (shows, now)
-        return since
-
-    def _stuck(self, name: str, service: Service) -> str:
-        shows, since = self._since.get(name, ("", self._clock()))
-        for_s = self._clock() - since
-        stage = service_state(service.status, name).stage
-        if for_s < self._pace.stuck_after_s:
-            return ""
-        if stage is Stage.LEAVING:
-            return (
-                f"SkyPilot has been taking it down for {for_s / 60:.0f} min; if it stays so, look for "
-                f"machines left running, then run: sky serve down --purge {name}"
-            )
-        if stage is Stage.BUSY or shows.endswith("silent"):
-            return (
-                f"its controller has not come up or not answered for {for_s / 60:.0f} min; look at: "
-                f"sky serve logs --controller {name}"
-            )
-        return ""
+        return None
 
     def _pause_s(self) -> float:
-        moving = bool(self._told or self._problem) or any(map(self._flight, self._notes))
-        for service in (self._services or {}).values():
-            if not moving and self._is_ours(service):
-                stage = service_state(service.status, service.name).stage
-                phases = {replica_state(r.status).phase for r in service.replicas}
-                moving = stage in (Stage.BUSY, Stage.LEAVING) or not phases <= _AT_REST
+        waiting = any(not told.stalled for told in self._told.values())
+        moving = waiting or self._problem or self._notes.flights() or self._sight.moving
         return self._pace.moving_s if moving else self._pace.idle_s
 
     def _observation(self) -> Observation | Unknown:
-        services = self._services
+        services = self._sight.services
         if services is None or self._problem:
             return Unknown(self.name, self._problem)
-        foreign = {n for n, s in services.items() if s.marks is not None and not self._is_ours(s)}
-        names = {n for n, s in services.items() if self._is_ours(s)}
-        names |= self._told.keys() | {n for n in self._notes if self._flight(n)}
+        foreign, flights = self._sight.foreign, self._notes.flights()
+        names = (self._sight.ours.keys() | self._told.keys() | flights.keys()) - foreign
         workloads: dict[str, ObservedWorkload] = {}
-        for name in sorted(names - foreign):
-            service, told, note = services.get(name), self._told.get(name), self._notes.get(name)
-            flight = note.flight if note else None
+        for name in sorted(names):
+            service, told, note = services.get(name), self._told.get(name), self._notes.of(name)
             known = Known(
                 told=told.goal if told else None,
-                under_way=UnderWay(
-                    flight.verb, flight.deployment, flight.spec_digest, flight.wanted
-                )
-                if flight
-                else None,
-                digests=note.digests if note else None,
-                template=note.template if note else None,
-                template_digest=note.template_digest if note else "",
+                under_way=_under_way(note.flight),
+                digests=note.digests,
+                template=note.template,
+                template_digest=note.template_digest,
                 trouble=told.trouble if told else "",
                 stalled=told.stalled if told else False,
-                stuck=self._stuck(name, service) if service else "",
+                stuck=self._sight.stuck(service, self._pace.stuck_after_s) if service else "",
             )
             if (shown := observed(name, service, known)) is not None:
                 workloads[name] = shown
-        return Observation(self.name, workloads, frozenset(foreign))
+        return Observation(self.name, workloads, foreign)
 
     def _changed(self) -> None:
         """Something was told: it shows at once, and the next round is not waited for."""
@@ -601,9 +399,10 @@ class SkyPilotBackend:
             self._notify()
 
 
-def _yaml(task: Mapping[str, Any]) -> str:
-    """JSON is YAML."""
-    return msgspec.json.encode(task).decode()
+def _under_way(flight: Flight | None) -> UnderWay | None:
+    if flight is None:
+        return None
+    return UnderWay(flight.verb, flight.deployment, flight.spec_digest, flight.wanted)
 
 
 async def _some_at_once(work: Iterable[Coroutine[Any, Any, None]]) -> None:
@@ -614,8 +413,3 @@ async def _some_at_once(work: Iterable[Coroutine[Any, Any, None]]) -> None:
             await item
 
     await asyncio.gather(*map(one, work))
-
-
-def _plain(text: str) -> str:
-    """Without colours and line breaks, and not endless."""
-    return " ".join(_ANSI.sub("", text).split())[:500]

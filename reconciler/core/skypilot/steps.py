@@ -38,6 +38,8 @@ class Up:
 @dataclass(frozen=True, slots=True)
 class Update:
     mode: UpdateMode
+    rolls: bool = True
+    """The template differs; else the number of replicas alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def next_step(told: Workload | Removal, service: Service | None, owner: str, now
     if state.stage is Stage.BUSY:
         return Wait(state.detail)
     all_at_once = not same_spec and told.rollout.strategy == "blueGreen"
-    return Update("blue_green" if all_at_once else "rolling")
+    return Update("blue_green" if all_at_once else "rolling", rolls=not same_spec)
 
 
 def _remove(told: Removal, service: Service, now: float) -> Step:

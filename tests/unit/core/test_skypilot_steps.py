@@ -67,10 +67,12 @@ def test_what_is_broken_waits_for_a_human(told: Workload | Removal, status: str)
 def test_updates_say_how() -> None:
     assert step(WANTED, service()) == Settled()
     assert step(WANTED, service(spec="old")) == Update("rolling")
-    assert step(WANTED, service(count=1)) == Update("rolling")
+    assert step(WANTED, service(count=1)) == Update("rolling", rolls=False)
     blue = sky_workload(spec="new", replicas=2, rollout={"strategy": "blueGreen"})
     assert step(blue, service(spec="old")) == Update("blue_green")
-    assert step(blue, service(count=1)) == Update("rolling"), "a number alone replaces nothing"
+    assert step(blue, service(count=1)) == Update("rolling", rolls=False), (
+        "a number alone replaces nothing"
+    )
 
 
 def test_a_controller_that_starts_or_goes_is_asked_nothing() -> None:
