@@ -38,6 +38,7 @@ class EngineMetrics(Collector):
                 ("engine_waiting", "Requests that wait there, as the engine says."),
                 ("engine_kv_usage", "Share of its cache that running requests hold."),
                 ("engine_capacity_tokens", "Tokens that its cache holds."),
+                ("engine_events", "1 where an agent hears all of its KV events."),
             )
         }
         for replica, slot in brain.slots.items():
@@ -54,6 +55,7 @@ class EngineMetrics(Collector):
                 gauges["engine_kv_usage"].add_metric(label, report.kv_usage)
                 size = report.capacity_blocks * report.block_tokens
                 gauges["engine_capacity_tokens"].add_metric(label, size)
+                gauges["engine_events"].add_metric(label, int(report.events))
         yield from gauges.values()
         reports = CounterMetricFamily(
             "detoserve_router_engine_reports",

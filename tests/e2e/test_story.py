@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
-from urllib.request import urlopen
 
 import openai
 import psutil
@@ -158,19 +157,18 @@ def test_routers_hear_what_engines_hold(start_up: Callable[..., Up]) -> None:
     ready = up.ready()
     client = up.client(ready)
 
-    def told(name: str) -> dict[str, float]:
-        with urlopen(ready["admin"] + "/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
-        found = [line.partition(" ") for line in lines if line.startswith(f"{name}{{")]
-        return {labels.partition('"')[2].rstrip('"}'): float(value) for labels, _, value in found}
-
     capacity = eventually_sync(
-        lambda: len(found := told("detoserve_router_engine_capacity_tokens")) == 3 and found
+        lambda: (
+            len(found := up.metric(ready, "detoserve_router_engine_capacity_tokens")) == 3 and found
+        )
     )
     assert all(tokens > 1000 for tokens in capacity.values())
     say(client, "word " * 2000)
-    assert eventually_sync(lambda: max(told("detoserve_router_index_blocks").values()) > 30)
-    assert set(told("detoserve_router_cache_trust").values()) == {1.0}
+    assert eventually_sync(
+        lambda: max(up.metric(ready, "detoserve_router_index_blocks").values()) > 30
+    )
+    assert set(up.metric(ready, "detoserve_router_cache_trust").values()) == {1.0}
+    assert set(up.metric(ready, "detoserve_router_engine_events").values()) == {1.0}
 
 
 def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 from git import Actor, Repo
@@ -121,6 +122,13 @@ class Up:
         return OpenAI(
             base_url=ready["endpoint"], api_key=key or ready["api_key"], max_retries=0, timeout=30
         )
+
+    def metric(self, ready: Event, name: str) -> dict[str, float]:
+        """A metric of the router by its replica."""
+        with urlopen(ready["admin"] + "/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        found = [line.partition(" ") for line in lines if line.startswith(f"{name}{{")]
+        return {labels.partition('"')[2].rstrip('"}'): float(value) for labels, _, value in found}
 
     def processes(self) -> list[psutil.Process]:
         """Everything that names this run's folder, the command itself included."""

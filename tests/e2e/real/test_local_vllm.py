@@ -12,6 +12,7 @@ from schemas import api_keys
 from tests.e2e.real.vllm_install import install
 from tests.e2e.up_process import Up
 from tests.git_repo import GitRepo
+from tests.support import eventually_sync
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -51,4 +52,10 @@ def test_the_example_answers_from_a_real_model(
     )
     said = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert "Paris" in said
+    # The engine tells the agent what its cache holds, by a socket that only this machine has.
+    assert eventually_sync(
+        lambda: set(up.metric(ready, "detoserve_router_engine_events").values()) == {1.0},
+        timeout_s=60,
+    )
+    assert max(up.metric(ready, "detoserve_router_engine_capacity_tokens").values()) > 1000
     client.close()
