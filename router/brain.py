@@ -211,6 +211,11 @@ class Brain:
         group = self._group(list(pool))
         return group.fleet(self.states.load, self._speeds[function.name], self.now())
 
+    def factors(self, pool: Sequence[Candidate], function: Function) -> list[float]:
+        """How many times the fleet's prefill time each of them needs."""
+        factor = self._speeds[function.name].factor
+        return [factor[self._slots[candidate.id]] for candidate in pool]
+
     def _group(self, pool: Sequence[Candidate]) -> Candidates:
         key = tuple([candidate.id for candidate in pool])
         group = self._groups.get(key)

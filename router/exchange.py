@@ -466,6 +466,7 @@ class Exchange(msgspec.Struct, eq=False):
             fleet=fleet,
             held=() if sent is None else sent.held,
             prompt=prompt,
+            speeds=proxy.brain.factors(pool, function),
             turn=self._counts.turn,
             session=None if self._conversation is None else self._conversation.session,
             pinned=pinned,

@@ -35,6 +35,8 @@ class Seen:
     """Of the pool, by position."""
     held: Held
     prompt: Prompt
+    speeds: Sequence[float] = ()
+    """How many times the fleet's prefill time each of the pool needs."""
     turn: int = 0
     session: int | None = None
     pinned: str = ""
@@ -63,7 +65,7 @@ def written(seen: Seen, router: str, outcome: Outcome | None = None) -> Decision
         policy=policy.name,
         weights=policy.weights,
         chosen=seen.chosen.id,
-        candidates=considered(seen.pool, seen.fleet, seen.held),
+        candidates=considered(seen.pool, seen.fleet, seen.held, seen.speeds),
         removed=removed(
             seen.snapshot,
             seen.function,
@@ -88,8 +90,10 @@ def written(seen: Seen, router: str, outcome: Outcome | None = None) -> Decision
     )
 
 
-def considered(pool: Sequence[Candidate], fleet: Fleet, held: Held) -> tuple[Considered, ...]:
-    """Every candidate with what scoring read of it; `fleet` and `held` go by position in the pool."""
+def considered(
+    pool: Sequence[Candidate], fleet: Fleet, held: Held, speeds: Sequence[float] = ()
+) -> tuple[Considered, ...]:
+    """Every candidate with what scoring read of it; all the others go by position in the pool."""
     cached = [0.0] * len(pool)
     for tokens, positions in held:
         for i in positions:
@@ -106,6 +110,7 @@ def considered(pool: Sequence[Candidate], fleet: Fleet, held: Held) -> tuple[Con
             kv_used=fleet.kv_used[i],
             requests=fleet.requests[i],
             cached_tokens=cached[i],
+            speed=speeds[i] if speeds else 0.0,
         )
         for i, c in enumerate(pool)
     )

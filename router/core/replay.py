@@ -112,7 +112,7 @@ def simulate(
         chosen = names[int(chance.random() * len(names))] if len(names) > 1 else names[0]
         i = next(i for i, c in enumerate(seen) if c.replica == chosen)
         mine, known = state[i], seen[i]
-        prefill_s = known.factor * _prefill_s(decision, known.cached_tokens)
+        prefill_s = (known.speed or known.factor) * _prefill_s(decision, known.cached_tokens)
         first = max(at, mine.free_at) + prefill_s
         mine.free_at = first
         mine.work_s += prefill_s
@@ -145,6 +145,7 @@ def _seen(recorded: Considered, state: _Replica, at: float, cached: float) -> Co
         kv_used=0.0,
         requests=state.running(at),
         cached_tokens=cached,
+        speed=recorded.speed,
     )
 
 

@@ -40,7 +40,7 @@ class Standing:
     wait_s: float
     """For what is queued there, and what its cache in use counts as."""
     prefill_s: float
-    """Of what it does not hold of the prompt."""
+    """Of what it does not hold of the prompt, as the score counted it."""
     saved_s: float
     """Prefill that it saves beside one that holds nothing, at the price of the moment."""
     session_s: float

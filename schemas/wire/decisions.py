@@ -28,7 +28,7 @@ class Considered(msgspec.Struct, frozen=True, array_like=True):
     slow: float
     """At least 1: how much longer prefill took there just then than its speed says."""
     factor: float
-    """How many times the fleet's prefill time it needs."""
+    """How many times the fleet's prefill time its prefill counted as."""
     backlog_s: float
     """Prefill queued before this request."""
     kv_used: float
@@ -37,6 +37,9 @@ class Considered(msgspec.Struct, frozen=True, array_like=True):
     """On it, this one not counted."""
     cached_tokens: float
     """That it was thought to hold of the prompt."""
+    speed: float = 0.0
+    """How many times the fleet's prefill time it needs; less than `factor` where its cache turns over
+    fast. 0: as `factor` says."""
 
 
 class Removed(msgspec.Struct, frozen=True, array_like=True):

@@ -74,6 +74,14 @@ def test_a_lone_request_takes_its_round_trip_and_its_prefill():
     assert under(pair, EXPECTED).ttft_s[1] == pytest.approx(2 * figures.mean_s - 0.002)
 
 
+def test_a_replica_whose_cache_is_dear_is_no_slower_for_that():
+    (plain,) = [asked(0.0, 1, 100, 1)]
+    dear = replace(plain, candidates=(one("r0", factor=3.0, speed=1.0),))
+    assert under([dear], EXPECTED).mean_s == under([plain], EXPECTED).mean_s
+    slow = replace(plain, candidates=(one("r0", factor=3.0),))
+    assert under([slow], EXPECTED).mean_s > 2 * under([plain], EXPECTED).mean_s
+
+
 def test_a_small_cache_forgets():
     records = conversations(count=40)
     assert under(records, EXPECTED, cache_tokens=2000).hit_rate < under(records, EXPECTED).hit_rate
