@@ -91,7 +91,7 @@ class Brain:
     def __init__(self, index_blocks: int, key: bytes = b"") -> None:
         """`key`: of the hashes that blocks are known by; routers that share have the same."""
         self.states = States(PrefixIndex(index_blocks))
-        self.reports = EngineReports(self.states.index, self.states.load)
+        self.reports = EngineReports(self.states.index, self.states.load, self.states.trust)
         self.now = perf_counter
         self.sharing: Sharing | None = None
         self._key = key

@@ -20,6 +20,7 @@ from typing import Final
 from router.core.blocks import BLOCK_BYTES, BYTES_PER_TOKEN
 from router.core.index import PrefixIndex
 from router.core.load import Load
+from router.core.trust import Trust
 from schemas.wire.events import EngineReport
 
 EXPIRY_S: Final = 15.0
@@ -56,10 +57,11 @@ class _Known:
 
 @dataclass(slots=True)
 class EngineReports:
-    """Reports of all replicas of one router, by slot, and what they do to its index and loads."""
+    """Reports of all replicas of one router, by slot, and what they do to its index, loads and trust."""
 
     index: PrefixIndex
     load: Load
+    trust: Trust
     cleared: int = 0
     """How often a replica was taken to hold nothing on an engine's word."""
     _known: dict[int, _Known] = field(default_factory=dict)
@@ -96,6 +98,7 @@ class EngineReports:
                 return "another agent reports this replica"
         if _forgets(report, before, known.since):
             self.index.clear(slot)
+            self.trust.remove(slot)
             self.cleared += 1
         self._exchange(slot, known, report, before)
         known.report, known.heard_at = report, now

@@ -44,7 +44,7 @@ class Trust:
     _replicas: dict[int, _Replica] = field(default_factory=dict)
 
     def remove(self, slot: int) -> None:
-        """Another replica will have this slot."""
+        """Another replica will have this slot, or another process is behind it."""
         self._replicas.pop(slot, None)
         self.factors.pop(slot, None)
 
@@ -71,7 +71,8 @@ class Trust:
         )
         if replica.misses < MISSES:
             return False
-        replica.misses = 0
+        # The next process is not to blame for what the last one lost.
+        self.remove(slot)
         return True
 
     def share_come_true(self, slot: int) -> float | None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from router.core.engine_reports import AT_MOST, BLOCK_TOKENS, EXPIRY_S, EngineReports
 from router.core.index import PrefixIndex
 from router.core.load import Load
+from router.core.trust import Trust
 from schemas.wire.events import EngineReport
 
 SINCE = 1_700_000_000.0
@@ -21,7 +22,7 @@ STARTED = int((SINCE - 3600) * 1000)
 
 
 def known() -> EngineReports:
-    reports = EngineReports(PrefixIndex(), Load())
+    reports = EngineReports(PrefixIndex(), Load(), Trust())
     reports.index.add(0)
     reports.load.add(0)
     reports.add(0, SINCE)
@@ -41,10 +42,14 @@ def test_a_new_process_and_an_emptied_cache_are_forgotten(change: dict[str, int]
     reports = known()
     assert apply(reports, 1) == ""
     reports.index.insert(0, [1, 2, 3])
+    for _ in range(100):
+        reports.trust.learn(0, 4000, 1000)
     assert apply(reports, 2) == ""
     assert reports.index.held(0) == 3  # the same process as before
+    assert 0 in reports.trust.factors
     assert apply(reports, 3, **change) == ""
     assert reports.index.held(0) == 0
+    assert 0 not in reports.trust.factors  # that was the other's
     reports.index.insert(0, [1])
     assert apply(reports, 4, **change) == ""
     assert reports.index.held(0) == 1
