@@ -37,6 +37,7 @@ from router.fleet_secret import derived, fleet_secret
 from router.heartbeat import Heartbeat
 from router.limit_metrics import LimitMetrics
 from router.limiter import Limiter
+from router.meter import Meter
 from router.metrics import Metrics
 from router.probes import Probes
 from router.proxy import Proxy
@@ -51,6 +52,8 @@ from router.state import RouterState
 from router.static_table import StaticTable
 from router.table import RedisTable
 from router.trace_settings import start_tracing
+from router.usage_journal import Journal
+from router.usage_stream import UsageStream
 from schemas.wire.envelope import public_key_from_hex
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import RoutingTable
@@ -103,6 +106,8 @@ class Router:
         self._tasks: list[asyncio.Task[None]] = []
         self._channels: list[Channel] = []
         self._clients: ClientServer | None = None
+        self._journal: Journal | None = None
+        self._usage: UsageStream | None = None
 
     async def __aenter__(self) -> Self:
         """Listens, and starts to follow the table.
@@ -181,6 +186,8 @@ class Router:
             sessions=sessions,
             shadows=shadows,
             decisions=self._decisions,
+            meter=Meter(self._journal),
+            salt_key=derived(secret, "cache salts"),
         )
         self._stack.callback(self.proxy.queues.close)
         self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))
@@ -264,6 +271,7 @@ class Router:
             raise SettingsInvalid(f"routes_public_key: {error}") from None
         redis = self._redis = self._connect_redis(socket_timeout=settings.redis_timeout_s)
         self._channels.append(RedisChannel(redis))
+        self._keep_usage(redis)
         table = RedisTable(
             self.state,
             redis,
@@ -307,6 +315,18 @@ class Router:
         )
         self._stack.callback(server.close)
         self.agent_url = _url(server) if tls is None else _url(server).replace("http", "https", 1)
+
+    def _keep_usage(self, redis: Redis) -> None:
+        """Records of what requests use, for the reconciler's ledger."""
+        state_dir = self.settings.state_dir
+        folder = None if state_dir is None else state_dir / "usage"
+        try:
+            self._journal = Journal.create(folder)
+        except OSError as error:
+            _log.error("usage is kept in memory alone: %s: %s", folder, error.strerror)
+            folder, self._journal = None, Journal.create(None)
+        self._usage = UsageStream(redis, self._journal, folder)
+        self._tasks.append(asyncio.get_running_loop().create_task(self._usage.run()))
 
     def _share(self) -> None:
         """Tells other routers of load and caches, and hears theirs, by every way there is to them."""
@@ -361,6 +381,10 @@ class Router:
         if self._clients is not None:
             self._clients.close()
             await asyncio.sleep(0)  # connections say that they are lost in the next pass
+            for words in list(self.proxy.listening):
+                words.end()
+        if self._usage is not None:
+            await self._usage.close()
         if self._redis is not None:
             await self._decisions.farewell(self._redis)
         if self._heartbeat is not None:

@@ -144,23 +144,33 @@ class Brain:
                 del self._turnovers[name]
 
     def prompt(
-        self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
+        self,
+        function: Function,
+        endpoint: Endpoint,
+        request: Mapping[str, Any],
+        size_bytes: int,
+        salt: str,
     ) -> Prompt | None:
-        """What routing needs to know of a body; None where the function's policy needs nothing."""
+        """What routing needs to know of a body; None where the function's policy needs nothing.
+
+        `salt`: of the tenant; prompts of two tenants share no block.
+        """
         if function.policy.name not in SCORED:
             return None
-        return self.read(function, endpoint, request, size_bytes)
+        return self.read(function, endpoint, request, size_bytes, salt)
 
     def read(
-        self, function: Function, endpoint: Endpoint, request: Mapping[str, Any], size_bytes: int
+        self,
+        function: Function,
+        endpoint: Endpoint,
+        request: Mapping[str, Any],
+        size_bytes: int,
+        salt: str,
     ) -> Prompt:
         """The prompt of a body, whatever the policy."""
         if endpoint.task not in _CACHED_TASKS or not request:
             return uncached_prompt(size_bytes)
-        salt = request.get("cache_salt")
-        seed = chain_seed(
-            function.served_name, salt if isinstance(salt, str) else "", key=self._key
-        )
+        seed = chain_seed(function.served_name, salt, key=self._key)
         try:
             return read_prompt(request, seed)
         except RecursionError:

@@ -30,16 +30,20 @@ from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.health import Breaker, Failure, kept_out
 from router.core.inflate import EncodingInvalid, inflate
+from router.core.isolation import SALTED_ENGINES, SALTED_TASKS, cache_salt
 from router.core.limits import estimated
 from router.core.pick import available, full, pick
 from router.core.record import Seen
-from router.core.request import BodyInvalid, read_form, read_json, with_model
+from router.core.request import BodyInvalid, read_form, read_json
 from router.core.retries import is_retryable
 from router.core.snapshot import Candidate, Snapshot
+from router.core.splice import spans, spliced
+from router.core.usage import UNCHANGED, Metering
 from router.downstream.answer import STATUS_LINES, refuse
 from router.downstream.connection import ClientConnection, where
 from router.downstream.request import Request
 from router.limiter import Admission
+from router.meter import Metered
 from router.proxy import Proxy, answers, meant
 from router.queue import Place
 from router.records import RequestRecord
@@ -66,6 +70,7 @@ _ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
 _EVENTS: Final = b"text/event-stream"
 
 
+_json: Final = msgspec.json.Encoder().encode
 _UNPARSED: Final[Mapping[str, Any]] = MappingProxyType({})
 _LATER: Final[Any] = None
 """Set before it is read."""
@@ -97,6 +102,11 @@ class Exchange(msgspec.Struct, eq=False):
     _functions: list[Function] = []
     """To be asked if the ones before cannot answer."""
 
+    # What it used:
+    _metering: Metering = UNCHANGED
+    _metered: Metered | None = None
+    _settled: bool = False
+
     # Of the function that is asked:
     _function: Function = _LATER
     _counts: FunctionState = _LATER
@@ -107,6 +117,8 @@ class Exchange(msgspec.Struct, eq=False):
     _candidates: Sequence[Candidate] = ()
     _conversation: Conversation | None = None
     _sent_body: bytes = b""
+    _salt: str = ""
+    """Of the tenant, for caches of prompts."""
     _prompt: Prompt | None = None
     """What routing knows of the body; None where the policy does not ask."""
     _left: int = 0
@@ -141,6 +153,7 @@ class Exchange(msgspec.Struct, eq=False):
     def client_left(self) -> None:
         """Nobody is there to write to: ends the exchange before the engine's next bytes are read."""
         self.record.outcome = "client_gone"
+        self._listen_on()
         self._end(keep=False)
 
     def pause(self) -> None:
@@ -237,15 +250,15 @@ class Exchange(msgspec.Struct, eq=False):
     def _ask_function(self) -> None:
         """The next of the functions that may answer."""
         function = self._function = self._functions.pop(0)
-        body = self._request_body(function)
-        self._prompt = self._proxy.brain.prompt(
-            function, self._endpoint, self._parsed, len(self._body)
+        proxy, parsed = self._proxy, self._parsed
+        wish = parsed.get("cache_salt")
+        salt = self._salt = cache_salt(
+            proxy.salt_key, self._principal.tenant.name, wish if type(wish) is str else ""
         )
-        self._sent_body = body
+        self._prompt = proxy.brain.prompt(function, self._endpoint, parsed, len(self._body), salt)
+        self._sent_body = self._request_body(function, salt)
         tenant, headers = self._principal.tenant, self._headers
-        self._conversation = Conversation(
-            self._proxy.sessions, function, tenant, headers, self._parsed
-        )
+        self._conversation = Conversation(proxy.sessions, function, tenant, headers, parsed)
         if headers.replica is None:
             self._candidates = self._snapshot.candidates(function, tenant)
         else:
@@ -262,14 +275,30 @@ class Exchange(msgspec.Struct, eq=False):
             raise Refused(errors.replica_not_found(name[:200], function.name))
         return found
 
-    def _request_body(self, function: Function) -> bytes:
+    def _request_body(self, function: Function, salt: str) -> bytes:
         """As this function's engines are to get it."""
-        body, model, span = self._body, self._model, self._span
-        if model is None or model == function.served_name:
+        body, model, span, parsed = self._body, self._model, self._span, self._parsed
+        if span is not None:
+            if model == function.served_name:
+                return body
+            return body[: span[0]] + function.served_name.encode() + body[span[1] :]
+        task = self._endpoint.task
+        values: dict[str, bytes] = {}
+        if model is not None and model != function.served_name:
+            values["model"] = _json(function.served_name)
+        self._metering = self._proxy.meter.plan(task, function.engine, parsed)
+        if self._metering.stream_options is not None:
+            values["stream_options"] = self._metering.stream_options
+        salted = function.engine in SALTED_ENGINES and task in SALTED_TASKS
+        if salted or "cache_salt" in parsed or not parsed:
+            values["cache_salt"] = b'"%b"' % salt.encode()
+        if not values:
             return body
-        if span is None:
-            return with_model(body, function.served_name)
-        return body[: span[0]] + function.served_name.encode() + body[span[1] :]
+        # A body that could not be built is looked through.
+        present = parsed or {key for _, _, key in spans(body, values)}
+        if not salted and "cache_salt" not in present:
+            values.pop("cache_salt", None)
+        return spliced(body, values, present)
 
     # Whether it may enter, and whether there is room.
 
@@ -449,7 +478,7 @@ class Exchange(msgspec.Struct, eq=False):
         proxy, function, record = self._proxy, self._function, self.record
         in_flight = self._state.in_flight.by_replica
         prompt = self._prompt or proxy.brain.read(
-            function, self._endpoint, self._parsed, len(self._body)
+            function, self._endpoint, self._parsed, len(self._body), self._salt
         )
         fleet = proxy.brain.fleet(pool, function)
         if sent is None:  # nothing is counted then but requests
@@ -716,6 +745,11 @@ class Exchange(msgspec.Struct, eq=False):
         transport = client.transport
         assert transport is not None  # else client_left had been called
         self._delivering = True
+        metered = self._metered = self._meter()
+        if metered is not None and metered.answered(
+            status, head.content_type, fixed=framing == "length"
+        ):
+            relay.feed = metered.feed
         if client.write_paused:
             relay.pause()
         relay.deliver(transport, lines, framing)
@@ -725,8 +759,7 @@ class Exchange(msgspec.Struct, eq=False):
         record, relay = self.record, self._relay
         assert relay is not None
         if not isinstance(error, UpstreamFailed):
-            record.outcome = "client_gone"
-            self._end(keep=False)
+            self.client_left()
             return
         told = relay.tell_of_failure()
         self._blame(error)
@@ -734,6 +767,65 @@ class Exchange(msgspec.Struct, eq=False):
         # A stream that ended with an error event is complete; to close its connection would
         # break the request that the client may be sending on it already.
         self._end(keep=told and self._keep)
+
+    # What it used.
+
+    def _meter(self) -> Metered | None:
+        """None where nothing is used, or nothing was sent."""
+        record = self.record
+        if self._endpoint.stored or not record.attempts:
+            return None
+        principal = self._principal
+        return self._proxy.meter.begin(
+            self._function,
+            request_id=record.id,
+            tenant=principal.tenant.name,
+            key=principal.key.id,
+            revision=self._snapshot.revision,
+            task=self._endpoint.task,
+            plan=self._metering,
+            request_bytes=record.request_bytes,
+            age_s=perf_counter() - record.started,
+        )
+
+    def _listen_on(self) -> None:
+        """The client has left: what the engine has sent by now is counted all the same."""
+        connection, relay, proxy = self._connection, self._relay, self._proxy
+        if connection is None or relay is None or relay.complete or not proxy.meter.wanted:
+            return
+        metered = self._metered or self._meter()
+        if metered is not None:
+            self._connection = None
+            self._settled = True
+            proxy.listen_on(connection, metered, self._used)
+
+    def _settle(self) -> None:
+        """What it used is known, or nothing was sent: noted once, and given back what it did not need."""
+        if self._settled:
+            return
+        self._settled = True
+        metered = self._metered or self._meter()
+        if metered is not None:
+            self._used(metered)
+        elif self._admission is not None:
+            self._admission.release()
+
+    def _used(self, metered: Metered) -> None:
+        """For the ledger, and for what it stood under."""
+        record, admission = self.record, self._admission
+        usage = record.usage = metered.finish(
+            outcome=record.outcome,
+            replica=record.replica,
+            ttft_s=record.first_body - record.started if record.first_body else None,
+            ended_at=time.time(),
+        )
+        tokens = usage.input_tokens, usage.output_tokens
+        if not metered.known and record.outcome == "ok":
+            tokens = self._estimated()
+        if admission is not None:
+            admission.settle(*tokens, metered.cost_usd(usage) if metered.known else None)
+        if self._place is not None:
+            self._place.needed(sum(tokens))
 
     # Ends.
 
@@ -768,16 +860,6 @@ class Exchange(msgspec.Struct, eq=False):
             self._client.abort()  # an answer that is cut is no answer; a second one would be a lie
         else:
             self._client.failed(error)
-
-    def _settle(self, admission: Admission) -> None:
-        """Gives back what it did not need."""
-        if not self.record.dispatched:
-            admission.release()
-            return
-        used = self._estimated()
-        admission.settle(*used)
-        if self._place is not None:
-            self._place.needed(sum(used))
 
     def _drop_connection(self) -> None:
         relay, connection = self._relay, self._connection
@@ -824,9 +906,8 @@ class Exchange(msgspec.Struct, eq=False):
         self._end_attempt()
         if self._place is not None:
             self._place.leave()
-        if self._admission is not None:
-            self._settle(self._admission)
         self._state.in_flight.total -= 1
+        self._settle()
         self._proxy.over(self.record)
         if keep is not None:
             self._client.done(keep=keep)

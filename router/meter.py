@@ -1,41 +1,62 @@
 """Meters requests: which usage is asked of an engine, what of its answer tells it, what is recorded.
 
-One `Metered` a request that is sent to an engine, from before it is sent until it is over. All of it
-is synchronous and in memory. Not here: how records leave this process (usage_stream).
+One `Metered` a request that was sent to an engine, from its answer's first bytes until it is over.
+All of it is synchronous and in memory. Not here: how records leave this process (usage_stream).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from router.core.usage import (
+    BYTES_A_TOKEN,
     NOTHING,
+    UNCHANGED,
     BodyReader,
     Metering,
     Reader,
     StreamReader,
     Usage,
     as_json,
+    cost_nano_usd,
+    metering,
 )
 from router.usage_journal import Journal, Opened, record_of
 from schemas.wire.routing import Function
 
 _EVENTS: Final = b"text/event-stream"
 _JSON: Final = b"application/json"
-_BYTES_A_TOKEN: Final = 4.0
-"""Of common text: for prompts that no engine counted."""
+
+
+def _ignore(usage: bytes) -> None:
+    del usage
 
 
 class Metered:
     """One request. Exactly one `finish` ends it, whatever becomes of it."""
 
-    __slots__ = ("_journal", "_opened", "_plan", "_reader", "_request_bytes", "_slot", "_task")
+    __slots__ = (
+        "_journal",
+        "_note",
+        "_opened",
+        "_plan",
+        "_reader",
+        "_request_bytes",
+        "_slot",
+        "_task",
+        "known",
+    )
 
     def __init__(
-        self, journal: Journal, opened: Opened, task: str, plan: Metering, request_bytes: int
+        self,
+        journal: Journal | None,
+        opened: Opened,
+        task: str,
+        plan: Metering,
+        request_bytes: int,
     ) -> None:
         self._journal = journal
         self._opened = opened
@@ -43,21 +64,29 @@ class Metered:
         self._plan = plan
         self._request_bytes = request_bytes
         self._reader: Reader | None = None
-        self._slot = journal.open(opened)
+        self.known = False
+        """Once it has ended: whether there was any word of what was used."""
+        self._note: Callable[[bytes], None] = _ignore
+        self._slot = -1 if journal is None else journal.open(opened)
 
-    def answered(self, status: int, content_type: bytes) -> bool:
-        """The head of the answer that the client will get; whether its body is to be fed."""
+        if journal is not None and self._slot >= 0:
+            self._note = partial(journal.running, self._slot)
+
+    def answered(self, status: int, content_type: bytes, *, fixed: bool = False) -> bool:
+        """The head of the answer that the client will get; whether its body is to be fed.
+
+        `fixed`: its length stands in the head, and so nothing can be taken out of it.
+        """
         self._reader = None
         if 200 <= status < 300:
             if content_type.startswith(_EVENTS):
                 self._reader = StreamReader(
                     self._task,
-                    drop_final=self._plan.drop_final,
-                    drop_running=self._plan.drop_running,
+                    drop_final=self._plan.drop_final and not fixed,
+                    drop_running=self._plan.drop_running and not fixed,
                     choices=self._plan.choices,
-                    note=partial(self._journal.running, self._slot)
-                    if self._slot >= 0
-                    else lambda _: None,
+                    several=self._plan.several,
+                    note=self._note,
                 )
             elif content_type.startswith(_JSON):
                 self._reader = BodyReader()
@@ -69,28 +98,32 @@ class Metered:
         if reader is None:
             return data
         out = reader.feed(data, last)
-        if last and self._slot >= 0:
+        if last:
             # Before the client has it: whoever is killed in between has it counted.
             used = reader.used()
             if used is not None:
-                self._journal.running(self._slot, as_json(used))
+                self._note(as_json(used))
         return out
 
     def used(self) -> Usage:
         """As far as anybody can tell."""
         used = self._reader.used() if self._reader is not None else None
+        self.known = used is not None
         if used is None:
             return NOTHING
         if used.estimated and not used.input_tokens:
-            return used._replace(input_tokens=int(self._request_bytes / _BYTES_A_TOKEN))
+            return used._replace(input_tokens=int(self._request_bytes / BYTES_A_TOKEN))
         return used
+
+    def cost_usd(self, usage: Usage) -> float:
+        return cost_nano_usd(self._opened.price, usage) / 1e9
 
     def finish(
         self, *, outcome: str, replica: str = "", ttft_s: float | None = None, ended_at: float
     ) -> Usage:
         """Ends it and leaves its record; `ended_at` is Unix seconds. What it used."""
         used = self.used()
-        if self._slot >= 0:
+        if self._journal is not None and self._slot >= 0:
             self._journal.finish(
                 self._slot,
                 record_of(
@@ -107,11 +140,23 @@ class Metered:
 
 
 class Meter:
-    """Makes a Metered for every request."""
+    """Makes a Metered for every request.
 
-    def __init__(self, journal: Journal, *, now: Callable[[], float] = time.time) -> None:
+    Args:
+        journal: where records are kept; None: nobody wants them, and engines are asked for nothing.
+    """
+
+    def __init__(self, journal: Journal | None, *, now: Callable[[], float] = time.time) -> None:
         self._journal = journal
         self._now = now
+
+    @property
+    def wanted(self) -> bool:
+        return self._journal is not None
+
+    def plan(self, task: str, engine: str, request: Mapping[str, Any]) -> Metering:
+        """What to ask of the engine; `request` is the body as parsed."""
+        return UNCHANGED if self._journal is None else metering(task, engine, request)
 
     def begin(
         self,
@@ -124,15 +169,16 @@ class Meter:
         task: str,
         plan: Metering,
         request_bytes: int,
+        age_s: float,
     ) -> Metered:
-        """A request that is about to be sent. `plan` is what its body was changed by."""
+        """A request whose answer begins. `plan` is what its body was changed by."""
         opened = Opened(
             request_id,
             tenant,
             key,
             function.name,
             revision,
-            self._now(),
+            self._now() - age_s,
             function.price,
         )
         return Metered(self._journal, opened, task, plan, request_bytes)

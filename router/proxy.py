@@ -24,7 +24,9 @@ from router.core.snapshot import Snapshot
 from router.deadlines import Deadlines
 from router.decisions import DecisionLog
 from router.downstream.request import Request
+from router.last_words import LastWords
 from router.limiter import Limiter
+from router.meter import Meter, Metered
 from router.queue import Queues
 from router.records import RequestRecord
 from router.session_store import SessionStore
@@ -32,6 +34,7 @@ from router.settings import Settings
 from router.shadow import Shadows
 from router.signals import Signals
 from router.state import RouterState
+from router.upstream.connection import Connection
 from schemas.api_keys import PREFIX
 from schemas.wire.routing import Function, Tenant
 
@@ -83,7 +86,11 @@ class Proxy:
         sessions: SessionStore,
         shadows: Shadows,
         decisions: DecisionLog,
+        meter: Meter,
+        salt_key: bytes,
     ) -> None:
+        self.meter = meter
+        self.salt_key = salt_key
         self.state = state
         self.settings = settings
         self.finished = finished
@@ -98,6 +105,8 @@ class Proxy:
         self.decisions = decisions
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines()
+        self.listening: set[LastWords] = set()
+        """To engines whose clients have left."""
 
     def record(self, request: Request, operation: str) -> RequestRecord:
         """A new record with ids of its own."""
@@ -146,6 +155,19 @@ class Proxy:
     def abandoned(self, replica: str) -> None:
         """An attempt came to nothing, and another is made: the record tells of the last one alone."""
         self.signals.ended(replica, failed=True)
+
+    def listen_on(
+        self, connection: Connection, metered: Metered, over: Callable[[Metered], None]
+    ) -> None:
+        """Counts what an engine has sent to a client that has left; `over` hears when that is all."""
+
+        def ended() -> None:
+            self.listening.discard(words)
+            over(metered)
+
+        words = LastWords(connection, metered, ended)
+        self.listening.add(words)
+        words.listen(self.loop)
 
     def refused(self, refusal: Refusal, record: RequestRecord) -> None:
         """Notes in the record that the router answered itself."""

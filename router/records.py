@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from router.core.usage import Usage
+
 if TYPE_CHECKING:
     from router.tracing import RequestTrace
 
@@ -43,5 +45,7 @@ class RequestRecord(msgspec.Struct):
     last_body: float = 0.0
     chunks: int = 0
     ended: float = 0.0
+    usage: Usage | None = None
+    """Once it is known; None where nothing was sent to an engine."""
     trace: RequestTrace | None = None
     """Its spans, while requests are traced."""

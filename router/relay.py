@@ -58,6 +58,8 @@ class Relay(msgspec.Struct, eq=False):
     _transport: asyncio.Transport | None = None
     _framing: Framing = "length"
     _streaming: Callable[[bytes], None] | None = None
+    feed: Callable[[bytes, bool], bytes] | None = None
+    """Sees the body that is delivered, and says what the client gets of it."""
     _last: bytes = b""
     _paused: bool = False
 
@@ -69,6 +71,10 @@ class Relay(msgspec.Struct, eq=False):
             self.chunks += 1
             if self._streaming and not complete:
                 # Nearly every call is this one: an event in the middle of a stream.
+                if self.feed is not None:
+                    data = self.feed(data, False)
+                    if not data:
+                        return
                 self._last = data[-4:]  # all of it would be kept for a client that does not read
                 self.sent_bytes += len(data)
                 self._streaming(b"%x\r\n%b\r\n" % (len(data), data))
@@ -87,7 +93,7 @@ class Relay(msgspec.Struct, eq=False):
             if data or complete:
                 self._owner.answered()
             return
-        self._write(data)
+        self._write(data if self.feed is None else self.feed(data, complete))
         if complete:
             self._owner.ended(None)
 
@@ -107,6 +113,8 @@ class Relay(msgspec.Struct, eq=False):
         data = buffered[0] if len(buffered) == 1 else b"".join(buffered)
         buffered.clear()
         self._transport = transport
+        if self.feed is not None:
+            data = self.feed(data, self.complete)
         self._write(data, head_lines)
         if self.complete:
             self._owner.ended(None)

@@ -52,6 +52,20 @@ class Usage(NamedTuple):
         }
 
 
+class RunningUsage(NamedTuple):
+    """Token counts of one choice of a stream that is not over."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "completion_tokens": self.completion_tokens,
+        }
+
+
 class Piece(NamedTuple):
     """Text of one choice, the whole or a part; the reasons are given with the last part."""
 
@@ -64,10 +78,10 @@ class Piece(NamedTuple):
 class Format(Protocol):
     """How one endpoint writes its answers."""
 
-    def opening(self, choices: int, usage: Usage | None) -> list[bytes]:
+    def opening(self, choices: int, usage: RunningUsage | None) -> list[bytes]:
         """The events that open the choices; none where the endpoint has none."""
 
-    def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
+    def chunk(self, piece: Piece, usage: RunningUsage | None) -> bytes:
         """One event of a stream."""
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -83,7 +97,9 @@ class _Format:
     created: int  # Unix time, seconds
     model: str
 
-    def _event(self, kind: str, choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
+    def _event(
+        self, kind: str, choices: list[dict[str, Any]], usage: Usage | RunningUsage | None
+    ) -> bytes:
         body: dict[str, Any] = self._head(kind) | {"choices": choices}
         if usage is not None:
             body["usage"] = usage.as_json()
@@ -96,11 +112,11 @@ class _Format:
 class ChatFormat(_Format):
     """/v1/chat/completions."""
 
-    def opening(self, choices: int, usage: Usage | None) -> list[bytes]:
+    def opening(self, choices: int, usage: RunningUsage | None) -> list[bytes]:
         delta = {"role": "assistant", "content": ""}
         return [self._delta(index, delta, usage) for index in range(choices)]
 
-    def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
+    def chunk(self, piece: Piece, usage: RunningUsage | None) -> bytes:
         return self._delta(
             piece.choice, {"content": piece.text}, usage, piece.finish_reason, piece.stop_reason
         )
@@ -131,7 +147,7 @@ class ChatFormat(_Format):
         self,
         index: int,
         delta: dict[str, Any],
-        usage: Usage | None,
+        usage: RunningUsage | None,
         finish_reason: str | None = None,
         stop_reason: str | None = None,
     ) -> bytes:
@@ -149,10 +165,10 @@ class ChatFormat(_Format):
 class TextFormat(_Format):
     """/v1/completions."""
 
-    def opening(self, choices: int, usage: Usage | None) -> list[bytes]:  # noqa: ARG002 - none
+    def opening(self, choices: int, usage: RunningUsage | None) -> list[bytes]:  # noqa: ARG002 - none
         return []
 
-    def chunk(self, piece: Piece, usage: Usage | None) -> bytes:
+    def chunk(self, piece: Piece, usage: RunningUsage | None) -> bytes:
         return self._event("text_completion", [self._choice(piece)], usage)
 
     def usage_chunk(self, usage: Usage) -> bytes:

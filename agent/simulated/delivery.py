@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from agent.simulated.answers import Piece, Usage
+from agent.simulated.answers import Piece, RunningUsage, Usage
 from agent.simulated.scheduler import Phase, Sequence
 from agent.simulated.tokens import decode
 
@@ -59,9 +59,14 @@ class Delivery:
             for index, sequence in enumerate(self.sequences)
         ]
 
+    def running_usage(self, choice: int) -> RunningUsage:
+        """Of one choice alone and without the cache's part, as vLLM tells it while it streams."""
+        return RunningUsage(len(self.sequences[choice].prompt), self._sent[choice])
+
     @property
-    def sent_tokens(self) -> int:
-        return sum(self._sent)
+    def sent_usage(self) -> Usage:
+        """Of all that was taken to be sent."""
+        return self.usage(sum(self._sent))
 
     def new_pieces(self, interval: int) -> Iterator[Piece]:
         """What can be sent now: the first token of each choice alone, then `interval` at a time.

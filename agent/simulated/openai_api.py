@@ -53,6 +53,7 @@ class OpenAIApi:
     def __init__(self, engine: Engine, state: ServerState) -> None:
         self._engine = engine
         self._gate = Gate(engine, state)
+        self._state = state
         self._started_s = state.started_s
         self._settings = engine.settings
 
@@ -203,7 +204,10 @@ class OpenAIApi:
                 options = body.stream_options or _NO_STREAM_OPTIONS
                 return await self._stream(request, delivery, form, options, wake, cut)
             await self._all_ended(sequences, wake)
-            return await self._send(request, form.whole(delivery.pieces(), delivery.usage()), cut)
+            whole = form.whole(delivery.pieces(), delivery.usage())
+            response = await self._send(request, whole, cut)
+            self._state.handed_out(request_id(request), delivery.usage())
+            return response
         finally:
             self._engine.abort(sequences)  # no effect on those that have ended
 
@@ -228,14 +232,15 @@ class OpenAIApi:
             for piece in delivery.new_pieces(interval):
                 if not opened:
                     opened = True
-                    usage = delivery.usage(0) if every_usage else None
-                    chunks += form.opening(len(delivery.sequences), usage)
-                usage = delivery.usage(delivery.sent_tokens) if every_usage else None
+                    begun = delivery.running_usage(piece.choice)._replace(completion_tokens=0)
+                    chunks += form.opening(len(delivery.sequences), begun if every_usage else None)
+                usage = delivery.running_usage(piece.choice) if every_usage else None
                 chunks.append(form.chunk(piece, usage))
             if cut is not None:
                 await cut.write(request, response, chunks)
             elif chunks:
                 await response.write(b"".join(chunks))
+                self._state.handed_out(request_id(request), delivery.sent_usage)
             if delivery.aborted:  # the engine died, and the head is out already
                 await response.write(error_event(engine_dead()) + DONE)
                 return response
@@ -276,8 +281,13 @@ class OpenAIApi:
             raise engine_dead()
 
 
+def request_id(request: web.Request) -> str:
+    """As the client chose it; empty where it did not."""
+    return request.headers.get("X-Request-Id", "")
+
+
 def _answer_id(prefix: str, request: web.Request) -> str:
-    return f"{prefix}-{request.headers.get('X-Request-Id') or uuid.uuid4().hex}"
+    return f"{prefix}-{request_id(request) or uuid.uuid4().hex}"
 
 
 def _json(body: bytes) -> web.Response:

@@ -150,6 +150,7 @@ class _Operations:
             web.get("/version", self.version),
             web.get("/metrics", self.metrics),
             web.get("/stats", self.stats),
+            web.get("/handed_out", self.handed_out),
             web.get("/kv_event_sources", self.kv_event_sources),
             web.post("/reset_prefix_cache", self.reset_prefix_cache),
             web.get("/faults", self.faults),
@@ -186,6 +187,10 @@ class _Operations:
 
     async def stats(self, request: web.Request) -> web.Response:  # noqa: ARG002 - a handler
         return web.json_response(self._simulated.stats)
+
+    async def handed_out(self, request: web.Request) -> web.Response:  # noqa: ARG002 - a handler
+        """X-Request-Id -> tokens of prompt, answer and cache that its answer has told of."""
+        return web.json_response(self._state.handed)
 
     async def kv_event_sources(self, request: web.Request) -> web.Response:  # noqa: ARG002
         return web.json_response(self._simulated.kv_event_sources)

@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from agent.simulated.answers import Usage
 from agent.simulated.faults import Fault, FaultPlan
+
+_HANDED_MAX = 100_000
 
 
 @dataclass(slots=True)
@@ -30,7 +33,15 @@ class ServerState:
     aborted: int = 0
     in_flight: int = 0
     struck: dict[str, int] = field(default_factory=lambda: {fault.value: 0 for fault in Fault})
+    handed: dict[str, Usage] = field(default_factory=dict)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def handed_out(self, request_id: str, usage: Usage) -> None:
+        """What a request's answer has told of so far; of the last 100,000 that have an id."""
+        if request_id:
+            if len(self.handed) >= _HANDED_MAX and request_id not in self.handed:
+                del self.handed[next(iter(self.handed))]
+            self.handed[request_id] = usage
 
     def strike(self) -> Fault | None:
         """What is to go wrong with the request that has just arrived."""

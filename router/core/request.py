@@ -1,6 +1,6 @@
-"""What the router reads of a request's body, and the one value it may have to change in it.
+"""What the router reads of a request's body.
 
-Not here: the meaning of any other field; engines get the client's bytes.
+Not here: the meaning of any other field, or what is changed in it (splice).
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from typing import Any, Final
 
 import msgspec
 
-_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[{}\[\],:]', re.DOTALL)
-_STRING: Final = re.compile(rb'\s*:\s*("(?:[^"\\]|\\.)*")', re.DOTALL)
-_KEY: Final = b'"model"'
 MAX_CHOICES: Final = 128
 """Answers to one request: OpenAI's own ceiling for `n`."""
 
@@ -105,48 +102,6 @@ def _read_shared(body: bytes) -> _Shared:
         if choices is not None and choices > MAX_CHOICES:
             raise BodyInvalid(f"`{field}` may be {MAX_CHOICES} at most", field)
     return shared
-
-
-def _model_span(body: bytes) -> tuple[int, int]:
-    """Where the value of the top-level key `model` stands; the last one, as parsers read it.
-
-    The body has been parsed and has such a key with a string.
-    """
-    # Once, and no letter of a key can be written as an escape: this occurrence is the key.
-    if body.count(_KEY) == 1 and b"\\u00" not in body:
-        value = _STRING.match(body, body.find(_KEY) + len(_KEY))
-        if value:
-            return value.span(1)
-    depth = 0
-    found: tuple[int, int] | None = None
-    key_next = is_value = False
-    for token in _TOKEN.finditer(body):
-        text = token.group()
-        if text in (b"{", b"["):
-            depth += 1
-            key_next, is_value = text == b"{" and depth == 1, False
-        elif text in (b"}", b"]"):
-            depth -= 1
-        elif depth != 1:
-            continue
-        elif text == b",":
-            key_next, is_value = True, False
-        elif text == b":":
-            continue
-        elif key_next:
-            key_next, is_value = False, msgspec.json.decode(text) == "model"
-        elif is_value:
-            found = token.span()
-            is_value = False
-    if found is None:
-        raise BodyInvalid("`model` must be a string", "model")
-    return found
-
-
-def with_model(body: bytes, name: str) -> bytes:
-    """The same bytes, with another value of the top-level `model`."""
-    start, end = _model_span(body)
-    return b"".join((body[:start], msgspec.json.encode(name), body[end:]))
 
 
 _DISPOSITION: Final = re.compile(

@@ -39,6 +39,8 @@ _TEXT_EVENTS: Final = {
 }
 """Task -> what stands once in every event that brings text, which is a token or more."""
 _NO_MARK: Final = b"\0"
+BYTES_A_TOKEN: Final = 4.0
+"""Of common text: where no engine counted."""
 _TAIL_BYTES: Final = 64 * 1024
 _WHOLE_BYTES: Final = 1024 * 1024
 """A body up to this size is read as a whole for its usage, a larger one by its tail."""
@@ -92,6 +94,19 @@ class _Usage(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     index: int = 0
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
+class _Text(msgspec.Struct):
+    message: _Message | None = None
+    text: str | None = None
+
+
+class _Texts(msgspec.Struct):
+    choices: list[_Text]
 
 
 class _Inner(msgspec.Struct):
@@ -200,11 +215,22 @@ class BodyReader:
         if not self._over:
             answer = _read(body)
             said = _said(answer) if answer is not None else None
-            return None if said is None else _usage(said)
+            return _by_text(body) if said is None else _usage(said)
         # No string of JSON holds this name with its quotes, so the last one is a key.
         at = body.rfind(_NAME)
         value = _value_at(body, at + len(_NAME)) if at >= 0 else None
         return None if value is None else running_usage(value.group())
+
+
+def _by_text(body: bytes) -> Usage | None:
+    """Of an answer whose engine tells no usage: by its text, with the prompt not counted."""
+    try:
+        choices = msgspec.json.decode(body, type=_Texts).choices
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    said = [c.text or (c.message.content if c.message else None) or "" for c in choices]
+    size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
+    return Usage(0, 0, int(size_bytes / BYTES_A_TOKEN), estimated=True)
 
 
 class StreamReader:
@@ -214,7 +240,8 @@ class StreamReader:
         task: of the endpoint: what an event that brings text looks like.
         drop_final: takes the event out that says the usage and nothing else.
         drop_running: takes the usage out of the other events.
-        choices: `n` of the request: engines tell the running usage of each choice by itself.
+        choices: `n` of the request.
+        several: there are several answers in it: engines tell the running usage of each by itself.
         note: hears the JSON of the newest `usage`, each time there is one.
     """
 
@@ -228,6 +255,7 @@ class StreamReader:
         "_last",
         "_mark",
         "_note",
+        "_several",
         "_shown",
     )
 
@@ -238,6 +266,7 @@ class StreamReader:
         drop_final: bool = False,
         drop_running: bool = False,
         choices: int = 1,
+        several: bool = False,
         note: Callable[[bytes], object] = lambda _: None,
     ) -> None:
         self._note = note
@@ -245,6 +274,7 @@ class StreamReader:
         self._drop_final = drop_final
         self._drop_running = drop_running
         self._choices = choices
+        self._several = several
         self._held = b""
         """The beginning of an event whose end has not come."""
         self._first = b""
@@ -262,7 +292,7 @@ class StreamReader:
             if not self._last:
                 self._shown += data.count(self._mark)
             return data
-        if self._choices > 1 or not self._first or data.find(b"\n\n", 0, -2) >= 0:
+        if self._several or not self._first or data.find(b"\n\n", 0, -2) >= 0:
             return self._noted(data)
         # Nearly every call: one event, with its running usage at the end.
         self._last = data
@@ -286,7 +316,8 @@ class StreamReader:
         if whole.endswith(_ENDS) or last:
             self._held = b""
         else:
-            end = max(whole.rfind(ends) + len(ends) if ends in whole else 0 for ends in _ENDS)
+            possible = _ENDS if b"\r" in whole else _ENDS[:1]
+            end = max((whole.rfind(e) + len(e) for e in possible if e in whole), default=0)
             self._held, whole = whole[end:], whole[:end]
             if len(self._held) > _WHOLE_BYTES:  # not events at all
                 self._drop_final = self._drop_running = False
@@ -296,11 +327,15 @@ class StreamReader:
 
     def _noted(self, data: bytes) -> bytes:
         """Whole events, read, and without what the client did not ask for."""
-        for event in _EVENT.split(data):
+        if _NAME not in data:
+            if not self._last:
+                self._shown += data.count(self._mark)
+            return data
+        for event in _EVENT.split(data) if b"\r" in data else data.split(b"\n\n"):
             if _NAME not in event:
                 if not self._last:
                     self._shown += event.count(self._mark)
-            elif self._choices > 1:
+            elif self._several:
                 self._note_choice(event)
             elif _tells(event):
                 self._last = event
@@ -385,29 +420,29 @@ class Metering(NamedTuple):
     drop_final: bool
     drop_running: bool
     choices: int = 1
+    """`n` of the request."""
+    several: bool = False
+    """More than one answer in one stream: of several choices, or to several prompts."""
 
 
 UNCHANGED: Final = Metering(None, drop_final=False, drop_running=False)
 
 
-def metering(
-    task: str, engine: str, *, stream: bool, options: bytes | None, choices: int = 1
-) -> Metering:
+def metering(task: str, engine: str, request: Mapping[str, Any]) -> Metering:
     """What to ask of the engine so that a stream tells its usage, and what to take out again.
 
-    `options`: the client's `stream_options` as JSON; None where there are none.
+    `request`: the body as parsed.
     """
-    if not stream or task not in _STREAM_OPTIONS:
+    if request.get("stream") is not True or task not in _STREAM_OPTIONS:
         return UNCHANGED
-    unchanged = UNCHANGED if choices == 1 else UNCHANGED._replace(choices=choices)
-    wanted: Mapping[str, Any] = {}
-    if options is not None:
-        try:
-            wanted = msgspec.json.decode(options) or {}
-        except msgspec.DecodeError:
-            return unchanged
-        if not isinstance(wanted, dict):
-            return unchanged  # the engine will say what is wrong with it
+    choices = request.get("n") or 1
+    prompts = request.get("prompt")
+    many = isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int)
+    several = many or choices > 1
+    unchanged = Metering(None, False, False, choices, several) if several else UNCHANGED
+    wanted = request.get("stream_options") or {}
+    if not isinstance(wanted, dict):
+        return unchanged  # the engine will say what is wrong with it
     final, running = bool(wanted.get("include_usage")), bool(wanted.get("continuous_usage_stats"))
     asks = {"include_usage": True}
     if engine in _RUNNING_USAGE:
@@ -420,4 +455,5 @@ def metering(
         # Engines give the running usage only to those who ask for the final one too.
         drop_running=not (final and running),
         choices=choices,
+        several=several,
     )

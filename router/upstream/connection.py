@@ -256,6 +256,13 @@ class Connection(asyncio.BufferedProtocol):
             self.transport.write(head)
             self.transport.write(body)
 
+    def hand_over(self, receiver: Receiver) -> bool:
+        """Another hears the rest of the running exchange; False where none is running."""
+        if self._receiver is None or self.closed:
+            return False
+        self._receiver = receiver
+        return True
+
     def close(self) -> None:
         """Ends the connection at once; a running exchange's receiver hears no more."""
         self._receiver = None

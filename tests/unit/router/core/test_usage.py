@@ -98,11 +98,17 @@ def test_the_client_gets_what_it_asked_for_however_it_is_cut(stream, asked, cuts
     plan = metering(
         "chat",
         "vllm",
-        stream=True,
-        options=json.dumps({"include_usage": final, "continuous_usage_stats": running}).encode(),
+        {
+            "stream": True,
+            "stream_options": {"include_usage": final, "continuous_usage_stats": running},
+            "n": stream["choices"],
+        },
     )
     reader = StreamReader(
-        drop_final=plan.drop_final, drop_running=plan.drop_running, choices=stream["choices"]
+        drop_final=plan.drop_final,
+        drop_running=plan.drop_running,
+        choices=plan.choices,
+        several=plan.several,
     )
     parts = pieces(sent, cuts)
     got = b"".join(reader.feed(part, part is parts[-1]) for part in parts)
@@ -116,7 +122,9 @@ def test_a_stream_that_breaks_off_is_counted_to_its_last_event(stream, upto, cut
     events = engine(**stream, final=True, running=True)[:-2][:upto]
     choices = stream["choices"]
     noted: list[bytes] = []
-    reader = StreamReader(drop_final=True, drop_running=True, choices=choices, note=noted.append)
+    reader = StreamReader(
+        drop_final=True, drop_running=True, choices=choices, several=choices > 1, note=noted.append
+    )
     for part in pieces(b"".join(events), cuts):
         reader.feed(part)
     said = len(events) - choices
@@ -220,6 +228,7 @@ def test_a_body_is_read_at_its_end(cuts, size):
         (b'{"usage":{"prompt_tokens":1,"prompt_tokens_details":{"cached_tokens":9}}}', Usage(1, 1, 0)),
         (b'{"usage":null}', None),
         (b'{"usage":{"type":"duration","seconds":3}}', Usage()),
+        (b'{"choices":[{"message":{"content":"four and four"}},{"text":"1234567"}]}', Usage(0, 0, 5, estimated=True)),
         (b"not JSON", None),
         (b"", None),
     ],
@@ -230,25 +239,46 @@ def test_odd_bodies(body, expected):
     assert reader.used() == expected
 
 
+STREAM = {"stream": True}
+BOTH = {"include_usage": True, "continuous_usage_stats": True}
+
+
 @pytest.mark.parametrize(
-    ("task", "name", "stream", "options", "expected"),
+    ("task", "name", "request_", "expected"),
     [
-        ("chat", "vllm", False, None, None),
-        ("embeddings", "vllm", True, None, None),
-        ("chat", "vllm", True, None, {"include_usage": True, "continuous_usage_stats": True}),
-        ("chat", "custom", True, b"null", {"include_usage": True}),
-        ("chat", "custom", True, b'{"include_usage":true}', None),
-        ("completions", "custom", True, b'{"include_usage":false,"x":1}', {"include_usage": True, "x": 1}),
-        ("chat", "vllm", True, b'{"include_usage":true,"continuous_usage_stats":true}', None),
-        ("chat", "vllm", True, b'"what"', None),
+        ("chat", "vllm", {}, None),
+        ("embeddings", "vllm", STREAM, None),
+        ("chat", "vllm", STREAM, BOTH),
+        ("chat", "custom", STREAM | {"stream_options": None}, {"include_usage": True}),
+        ("chat", "custom", STREAM | {"stream_options": {"include_usage": True}}, None),
+        ("completions", "", STREAM | {"stream_options": {"include_usage": False, "x": 1}}, {"include_usage": True, "x": 1}),
+        ("chat", "vllm", STREAM | {"stream_options": BOTH}, None),
+        ("chat", "vllm", STREAM | {"stream_options": "what"}, None),
     ],
 )  # fmt: skip
-def test_what_is_asked_of_the_engine(task, name, stream, options, expected):
-    plan = metering(task, name, stream=stream, options=options)
+def test_what_is_asked_of_the_engine(task, name, request_, expected):
+    plan = metering(task, name, request_)
     assert expected == (plan.stream_options and json.loads(plan.stream_options))
     if expected is None:
         assert not plan.drop_final
         assert not plan.drop_running
+
+
+@pytest.mark.parametrize(
+    ("request_", "choices", "several"),
+    [
+        ({}, 1, False),
+        ({"n": 3}, 3, True),
+        ({"prompt": ["a", "b"], "n": 2}, 2, True),
+        ({"prompt": ["a", "b"]}, 1, True),
+        ({"prompt": [1, 2, 3]}, 1, False),
+        ({"prompt": ["a"]}, 1, False),
+    ],
+)
+def test_answers_in_one_stream_are_counted_each(request_, choices, several):
+    for options in (None, BOTH):
+        plan = metering("completions", "vllm", STREAM | request_ | {"stream_options": options})
+        assert (plan.choices, plan.several) == (choices, several)
 
 
 @given(
