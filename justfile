@@ -60,6 +60,7 @@ bench:
     python tests/bench/bench_push.py
     python tests/bench/bench_passes.py
     python tests/bench/bench_core.py
+    python tests/bench/bench_limits.py
 
 # The router beside the SGLang router and vllm-router (PyPI, kept in $DETOSERVE_TEST_CACHE), in some four minutes
 bench-router *args:

@@ -125,7 +125,6 @@ class Admission:
         self._done = True
         book, plan, amounts = self._limiter.book, self._plan, self._amounts
         tokens = input_tokens + output_tokens
-        urgent = False
         for share, role in plan.ending:
             if role == "tokens":
                 book.settle_tokens(share, amounts[1], tokens, self._admitted_at)
@@ -138,9 +137,7 @@ class Admission:
                 book.release(share, amounts[2], cost)
             else:
                 book.release(share, amounts[2], round(cost_usd * NANO))
-            if share.free < share.tight_below:
-                urgent = True
-        if urgent:
+        if book.news:
             self._limiter.tell_now()
 
     def release(self) -> None:
@@ -377,7 +374,9 @@ class Limiter:
                     if waiter.answer.done():
                         waiter.ask.put_back()
                 del self._waiting[:_MOST_ASKS]
-                if not await self._exchange(redis, flying) or not (self._waiting or self._again):
+                if not await self._exchange(redis, flying) or not (
+                    self._waiting or self._again or self.book.news
+                ):
                     return
         finally:
             self._flight = None
@@ -490,7 +489,7 @@ class Limiter:
                 if month != self._month:
                     self._month = month
                     self._plans.clear()
-                if self.book.away or self.book.due(now) or self.book.is_renewal_due(now):
+                if self.book.look(now) or self.book.away or self.book.is_renewal_due(now):
                     self._fly()
         finally:
             if hearing is not None:
@@ -499,11 +498,10 @@ class Limiter:
 
     async def close(self) -> None:
         """Gives back what is leased, if Redis can be told. Whoever waits is decided for."""
-        for share in self.book.shares.values():
-            share.empty_pool()
+        self.book.leave()
         if self._flight is not None:
             await asyncio.wait([self._flight])
-        if self._redis is not None and self.book.shares and not self.book.away:
+        if self._redis is not None and self.book.news and not self.book.away:
             self._fly()
             if self._flight is not None:
                 await asyncio.wait([self._flight])
@@ -521,6 +519,7 @@ class Limiter:
                 async with self._redis.pubsub() as channel:
                     await channel.subscribe(redis_keys.LIMIT_RECALL)
                     # Whatever was said while nobody listened.
+                    self.book.look(self._now())
                     self._fly()
                     async for message in channel.listen():
                         wait_s = 0.1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, Literal, NamedTuple
 
 import msgspec
@@ -22,11 +23,13 @@ WINDOW_S: Final = 60
 HOLD_S: Final = 10.0
 """What a router holds (slots, reservations) is free again so long after its last word."""
 RENEW_S: Final = 3.0
+TELL_S: Final = 1.0
+"""How long a change may wait to be told where there is plenty left."""
 MEMBER_S: Final = 15.0
 """A router counts among those that share the limits for so long after its last word."""
 MOST_SHARES: Final = 256
 """Told of in one message, besides those that requests wait for."""
-_FIRST_LEASE: Final = 4
+_FIRST_LEASE: Final = 16
 _LARGEST_LEASE: Final = 2**44
 _RELIEF_S: Final = 0.02
 """How long a refusal is repeated without asking where something may be given back at any time."""
@@ -162,6 +165,13 @@ class Share:
         known = [(second, taken) for second, taken in self.window if second >= since]
         return [part for second, taken in known for part in (second - int(now), taken)]
 
+    def expire(self, now: float) -> None:
+        """Gives back what was leased too long ago."""
+        if self.pool and self.pool_until <= now:
+            if self.pool * 2 > self.lease:
+                self.lease = max(_FIRST_LEASE, self.lease // 2)
+            self.empty_pool()
+
     def empty_pool(self) -> None:
         """Gives back what is leased and not used."""
         if not self.pool:
@@ -295,6 +305,8 @@ class Book:
     routers: int = 0
     """That share the limits; 0: never heard."""
     away: bool = False
+    news: dict[int, Share] = field(default_factory=dict)
+    """Shares that the next message tells of, by identity. Not empty: better now than later."""
     _epoch: str = ""
     _offset_s: float = 0.0
     """The store's clock less ours."""
@@ -334,6 +346,8 @@ class Book:
             share.dirty = True
             share.unlog(admitted_at, estimated - actual)
             share.blocked_until = 0.0
+            if share.free < share.tight_below:
+                self.news[id(share)] = share
         elif actual > estimated:
             share.used += actual - estimated
             if share.apart_since is None:
@@ -347,25 +361,32 @@ class Book:
         if spent < amount and share.free >= share.tight_below and not self.away:
             share.pool += amount - spent
         share.dirty = True
+        if share.free < share.tight_below:
+            self.news[id(share)] = share
 
     # Messages
 
-    def due(self, now: float) -> list[Share]:
-        """Shares about which the store should hear: something changed, or it might think us dead."""
-        found = []
+    def look(self, now: float) -> bool:
+        """Looks through all shares for what the store should hear: something changed, or it might think
+        us dead. Whether there is anything. Call it every quarter of a second or so.
+        """
         for share in self.shares.values():
             if share.is_rate:
                 if share.used != share.logged or share.window:
                     share.log(now)
             elif (share.used or share.pool) and now - share.renewed_at >= RENEW_S:
                 share.dirty = True
-            if share.pool and share.pool_until <= now:
-                if share.pool * 2 > share.lease:
-                    share.lease = max(_FIRST_LEASE, share.lease // 2)
-                share.empty_pool()
+            share.expire(now)
+            if share.dirty and (now - share.renewed_at >= TELL_S or share.free < share.tight_below):
+                self.news[id(share)] = share
+        return bool(self.news)
+
+    def leave(self) -> None:
+        """Gives back all that is not used, before the end."""
+        for share in self.shares.values():
+            share.empty_pool()
             if share.dirty:
-                found.append(share)
-        return found
+                self.news[id(share)] = share
 
     def is_renewal_due(self, now: float) -> bool:
         """Whether the store should hear that this process lives."""
@@ -378,11 +399,11 @@ class Book:
             return False
         share.empty_pool()
         share.lease = _FIRST_LEASE
-        share.dirty = True
+        self.news[id(share)] = share
         return True
 
     def message(self, asks: Sequence[Ask], now: float, now_ms: int = 0) -> Message:
-        """Everything that is due, and these requests. Send it, then `answered` or `unanswered`.
+        """The news, and what these requests need. Send it, then `answered` or `unanswered`.
 
         `now_ms` is what the store is to take for the time; 0: its own clock.
         """
@@ -397,13 +418,15 @@ class Book:
                         order.append(share)
                         shares[name] = len(order)
                     wanted[name] = max(wanted.get(name, 0), need)
-        for share in self.due(now)[:MOST_SHARES]:
-            if id(share) not in shares:
+        for name in list(islice(self.news, MOST_SHARES)):
+            share = self.news.pop(name)
+            if name not in shares:
                 order.append(share)
-                shares[id(share)] = len(order)
+                shares[name] = len(order)
         keys = [self.epoch_key, self.routers_key, *(share.limit.key for share in order)]
         counters, charged, used = [], [], []
         for share in order:
+            share.expire(now)
             limit = share.limit
             lease = max(share.lease, _FIRST_LEASE * wanted[id(share)]) if id(share) in wanted else 0
             left_ms = int((share.pool_until - now) * 1000) if share.pool else 0
@@ -524,7 +547,7 @@ class Book:
             for second, amount in zip(flat[::2], flat[1::2], strict=True):
                 if amount > 0:
                     share.correct(second, amount)
-            share.dirty = True
+            self.news[id(share)] = share
         for ask in message.asks:
             ask.put_back()
 
@@ -533,7 +556,7 @@ class Book:
         for share in self.shares.values():
             share.pool = 0
             share.blocked_until = 0.0
-            share.dirty = True
+            self.news[id(share)] = share
             if share.is_rate:
                 share.log(now)
                 share.apart_since = None

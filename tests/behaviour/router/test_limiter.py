@@ -301,3 +301,17 @@ async def test_a_raised_limit_counts_from_its_commit_on(valkey):
         assert len(admitted) == 15
         router.installed(snapshot(tables(principal(), function())))
         assert not router.enabled
+
+
+async def test_a_router_that_ends_gives_back_what_it_leased(valkey):
+    who = rate(requests_per_minute=1000, concurrent=1000)
+    async with limiters(valkey.url, who, function()) as (router,):
+        admitted, _ = await storm([router], who, function(), 5)
+        assert router.book.shares[redis_keys.LIMIT + "tenant:team:requests"].pool
+        for admission in admitted:
+            admission.settle(1, 1)
+    async with Redis.from_url(valkey.url) as redis:
+        taken = await redis.hgetall(redis_keys.LIMIT + "tenant:team:requests")
+        assert sum(int(v) for k, v in taken.items() if k.isdigit()) == 5
+        held = await redis.hgetall(redis_keys.LIMIT + "tenant:team:concurrent")
+        assert not [name for name in held if name.startswith((b"r", b"x"))]

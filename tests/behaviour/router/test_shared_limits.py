@@ -104,6 +104,9 @@ class World:
     def say(self, router: int, asks: list[Ask], *, lose: str = ""):
         """One message and its answer; `lose`: "question" or "answer"."""
         book = self.books[router]
+        for share in book.shares.values():
+            share.renewed_at = 0.0
+        book.look(self.now_s)
         message = book.message(asks, self.now_s, START_MS + int(self.now_s * 1000))
         data = b""
         if lose != "question":
@@ -217,7 +220,7 @@ class Leases(RuleBasedStateMachine):
         while world.now_s < until:
             world.now_s = min(until, world.now_s + HOLD_S / 4)
             for router in range(ROUTERS):
-                if world.books[router].due(world.now_s):
+                if world.books[router].look(world.now_s):
                     world.say(router, [])
 
     @rule(router=st.integers(0, ROUTERS - 1))
