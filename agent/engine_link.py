@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Final
 
 import aiohttp
@@ -31,6 +32,8 @@ _AWAY_S: Final = 5.0
 """Longest pause between looks at an engine that does not answer."""
 _STRANGER_S: Final = 60.0
 """The same where something answers that has no metrics known here."""
+_ASK_S: Final = 10.0
+"""Between questions where it publishes KV events."""
 
 
 class EngineLink:
@@ -59,8 +62,10 @@ class EngineLink:
         self._look_now = asyncio.Event()
         self._gone = False
         self._pause_s = poll_interval_s
-        self.problem = ""
-        """What is wrong with it, for people; empty: nothing."""
+        self._loop = asyncio.get_running_loop()
+        self._ask_at = 0.0
+        """When it is asked again where it publishes, if nothing has changed."""
+        self._problems: dict[str, str] = {}
 
     async def run(self) -> None:
         try:
@@ -81,7 +86,7 @@ class EngineLink:
         try:
             reading = await read(self._session, self.address.url)
         except Unreachable as error:
-            self._say(str(error))
+            self._say("metrics", str(error))
             if error.refused and not self._gone:
                 # Its process has ended, and its cache with it; whoever comes next starts empty.
                 self._gone = True
@@ -89,15 +94,16 @@ class EngineLink:
                 self._report()
             return self._longer(_AWAY_S)
         except PageInvalid as error:
-            self._say(str(error))
+            self._say("metrics", str(error))
             return self._longer(_STRANGER_S)
         self._pause_s = self._poll_interval_s
-        if self._gone or self.problem:
-            self._say("")
-        self._gone = False
-        if self.state.read(reading):
+        self._say("metrics", "")
+        another = self.state.read(reading)
+        if another:
             _log.info("%s: another process than before", self.state.replica)
-        await self._follow()
+        if another or self._gone or self._loop.time() >= self._ask_at:
+            await self._follow()
+        self._gone = False
         self._report()
         return self._pause_s
 
@@ -114,6 +120,7 @@ class EngineLink:
                 wanted = await publishers(self._session, self.address.url)
             except Unreachable:
                 return
+        self._ask_at = self._loop.time() + (_ASK_S if wanted else _STRANGER_S)
         ended = any(task.done() for _, task in self._sources.values())
         if self._sources.keys() == set(wanted) and not ended:
             return
@@ -122,8 +129,10 @@ class EngineLink:
             cache = Cache(self._hash_key)
             self.state.add_cache(publisher.endpoint, cache)
             listener = _Listener(self, cache)
-            source = KvSource(self._context, publisher, listener, said=self._say)
-            self._sources[publisher] = source, asyncio.create_task(self._source(source))
+            said = partial(self._say, publisher.endpoint)
+            source = KvSource(self._context, publisher, listener, said=said)
+            task = asyncio.create_task(self._source(source, said))
+            self._sources[publisher] = source, task
 
     def _report(self) -> None:
         running = [source for source, task in self._sources.values() if not task.done()]
@@ -131,24 +140,33 @@ class EngineLink:
         self.state.hears_events = bool(heard) and all(heard) and len(heard) == len(self._sources)
         self._outbox.report(self.state.report(time.time()))
 
-    async def _source(self, source: KvSource) -> None:
+    async def _source(self, source: KvSource, said: Callable[[str], None]) -> None:
         try:
             await source.run()
         except zmq.ZMQError as error:
-            self._say(f"its KV events cannot be subscribed to: {error.strerror}")
+            said(f"its KV events cannot be subscribed to: {error.strerror}")
 
     async def _leave(self) -> None:
         tasks = [task for _, task in self._sources.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for publisher in self._sources:
+            self._problems.pop(publisher.endpoint, None)
         self._sources.clear()
         self.state.remove_caches()
 
-    def _say(self, text: str) -> None:
-        if text != self.problem:
-            self.problem = text
+    @property
+    def problem(self) -> str:
+        """What is wrong with it, for people; empty: nothing."""
+        return "; ".join(self._problems.values())
+
+    def _say(self, about: str, text: str) -> None:
+        """Once, until something else is to be said about it."""
+        if text != self._problems.get(about, ""):
+            self._problems.pop(about, None)
             if text:
+                self._problems[about] = text
                 _log.warning("%s (%s): %s", self.state.replica, self.address.url, text)
             else:
                 _log.info("%s answers as it should", self.state.replica)
