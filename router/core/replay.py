@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Final
 
 from msgspec.structs import replace
@@ -54,9 +55,11 @@ class _Replica:
     held: dict[int, None] = field(default_factory=dict)
     """Hashes of prefixes it has computed, the longest unused first."""
     ends: list[float] = field(default_factory=list)
+    """A heap: when each request that runs is over."""
 
     def running(self, now: float) -> int:
-        self.ends = [end for end in self.ends if end > now]
+        while self.ends and self.ends[0] <= now:
+            heappop(self.ends)
         return len(self.ends)
 
     def depth(self, chain: Sequence[int]) -> int:
@@ -116,7 +119,7 @@ def simulate(
         first = max(at, mine.free_at) + prefill_s
         mine.free_at = first
         mine.work_s += prefill_s
-        mine.ends.append(first + _decode_s(decision))
+        heappush(mine.ends, first + _decode_s(decision))
         mine.keep(chain, limit)
         if session is not None:
             pins[session] = chosen

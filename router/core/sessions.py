@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -42,9 +43,16 @@ def session_name(header: bytes | None, request: Mapping[str, Any]) -> bytes | No
 
 def session_key(secret: bytes, tenant: str, function: str, name: bytes) -> bytes:
     """What a session is known by everywhere: 16 bytes. `secret` is what routers share, up to 64 bytes."""
+    hashed = _begun(secret, tenant, function).copy()
+    hashed.update(name)
+    return hashed.digest()
+
+
+@lru_cache(maxsize=4096)
+def _begun(secret: bytes, tenant: str, function: str) -> blake2b:
     # Names of tenants and functions hold no NUL, and the session's stands last: no two run together.
-    text = b"%b\0%b\0%b" % (tenant.encode(), function.encode(), name)
-    return blake2b(text, key=secret, digest_size=KEY_BYTES).digest()
+    text = b"%b\0%b\0" % (tenant.encode(), function.encode())
+    return blake2b(text, key=secret, digest_size=KEY_BYTES)
 
 
 def session_number(key: bytes) -> int:
