@@ -33,7 +33,8 @@ _BATCH: Final = 200
 
 def outcome(record: RequestRecord) -> Outcome:
     """What became of a request that has ended."""
-    began = record.started
+    began, used = record.started, record.usage
+    told = used is not None and not used.estimated
     return Outcome(
         status=record.status,
         outcome=record.outcome,
@@ -41,6 +42,9 @@ def outcome(record: RequestRecord) -> Outcome:
         replica=record.replica,
         ttft_s=record.first_body - began if record.first_body else None,
         duration_s=record.ended - began,
+        input_tokens=used.input_tokens if used and told else None,
+        cached_tokens=used.cached_tokens if used and told else None,
+        output_tokens=used.output_tokens if used and told else None,
     )
 
 

@@ -155,6 +155,26 @@ async def test_an_answer_can_be_explained_by_its_header(tmp_path: Path) -> None:
             assert b"my-session" not in data + key
 
 
+async def test_what_the_engine_counted_stands_beside_what_was_thought(tmp_path: Path) -> None:
+    async with running(tmp_path, engines=1) as it:
+        usage = {
+            "prompt_tokens": 1000,
+            "completion_tokens": 7,
+            "total_tokens": 1007,
+            "prompt_tokens_details": {"cached_tokens": 640},
+        }
+        it.engines[0].answer = http(json.dumps({"choices": [], "usage": usage}).encode())
+        _, header = await it.ask("z" * 4000)
+        (told,) = await it.explained(header)
+        outcome = told["outcome"]
+        assert (outcome["input_tokens"], outcome["cached_tokens"]) == (1000, 640)
+        assert outcome["output_tokens"] == 7
+        page = await it.detoserve("explain", header)
+        assert "640 of 1,000 tokens were cached (thought: 0)" in page
+        replayed = await it.detoserve("replay", "--policy", "least-load")
+        assert "hit rate 64.0 %" in replayed
+
+
 async def test_a_retry_is_explained_with_what_it_was_kept_from(tmp_path: Path) -> None:
     async with running(tmp_path, engines=2) as it:
         for engine in it.engines:
