@@ -35,6 +35,7 @@ COMMANDS: Final[dict[str, Entry]] = {
     "plan": Entry("reconciler.cli.plan", "Show what a change would do."),
     "render": Entry("reconciler.cli.render", "Show what backends and routers would be told."),
     "status": Entry("reconciler.cli.status", "Show what runs, from the status branch."),
+    "usage": Entry("reconciler.cli.usage", "Show who used how much, from the status branch."),
     "explain": Entry("router.commands.explain", "Show why a request went where it did."),
     "replay": Entry("router.commands.replay", "Show what another policy would change."),
     "keys": Entry("reconciler.cli.keys", "Create, import, rotate and revoke API keys."),

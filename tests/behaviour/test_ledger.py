@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from reconciler.publish.usage_source import UsageSource
 from router.core.usage import Usage
 from router.usage_journal import Journal, Opened, record_of
 from router.usage_stream import UsageStream
+from schemas.wire.envelope import public_key_hex
 from schemas.wire.events import MonthToDate
 from schemas.wire.redis_keys import USAGE_ACKED, USAGE_STREAM, usage_month
 from schemas.wire.routing import Price
+from tests.behaviour.cli_process import detoserve
 from tests.behaviour.loop_fixtures import FixedLeadership
 from tests.behaviour.publish_fixtures import git, lease, running_valkey
 from tests.support import eventually
@@ -297,3 +300,30 @@ async def test_any_order_of_deaths_counts_every_request_once(tmp_path, seed):
         sums = total(sums for path in paths for sums in home.day(path[-15:-5]).values())
         assert [sums.requests, sums.output_tokens] == expected
         await sender.close()
+
+
+async def test_the_command_shows_the_ledger_and_whether_it_is_signed(tmp_path):
+    async with house(tmp_path) as home:
+        journal = Journal.create(None)
+        for tenant, tokens in (("red", 30), ("blue", 10)):
+            use(journal, tokens, tenant=tenant)
+        await send(home.redis, journal)
+        await home.task().step()
+        key = public_key_hex(home.key)
+
+        def shown(*flags: str, code: int = 0) -> str:
+            done = detoserve("usage", str(home.repo), "--month", "2026-11", *flags)
+            assert done.returncode == code, done.stderr
+            return done.stdout
+
+        table = shown("--public-key", key)
+        assert " 75%" in next(line for line in table.splitlines() if line.startswith("red"))
+        assert json.loads(shown("-o", "json", "--public-key", key))["signed"] is True
+        assert shown("-o", "csv", "--tenant", "blue").splitlines()[1:] == [
+            "2026-11-23,blue,k,chat,1,0,0,0,10,0.000010000"
+        ]
+        assert "none" in shown("--month", "2020-01")
+        another = public_key_hex(Ed25519PrivateKey.generate())
+        assert "not signed" in shown("--public-key", another, code=1)
+        assert "YYYY" in detoserve("usage", "--help").stdout
+        assert detoserve("usage", str(home.repo), "--month", "November").returncode == 2

@@ -11,7 +11,9 @@ import pytest
 from reconciler.cli.plan_view import view_json
 from reconciler.cli.problem_lines import problem_json
 from reconciler.cli.status_view import status_json, status_view
+from reconciler.cli.usage_view import UsageView, usage_json
 from reconciler.core.config import Location, Problem
+from reconciler.core.ledger import Row, Sums
 from tests.unit.cli.config_repo import BASE, planned
 
 DOCS = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
@@ -43,6 +45,12 @@ def names(value: Any) -> Iterator[str]:
                     "c",
                     [{"kind": "Tenant", "metadata": {"name": "a"}, "status": {"conditions": []}}],
                 )
+            ),
+        ),
+        (
+            "usage --output json",
+            usage_json(
+                UsageView("2026-11", "c", {"2026-11-23": {Row("t", "k", "f"): Sums(1)}}), "key"
             ),
         ),
         ("validate --output json", {"problems": [problem_json(Problem(Location("x"), "bad"))]}),
