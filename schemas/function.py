@@ -281,6 +281,19 @@ class Price(StrictModel):
     """A million prompt tokens found in the cache; inputPerMillion where unset."""
 
 
+class Job(StrictModel):
+    """A program that runs once to its end, instead of engines that serve."""
+
+    kind: Literal["fineTune", "evaluation", "batch"]
+    """What it is for; told in status, and nothing else."""
+    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$", max_length=64)] = "1"
+    """Any word; another one runs the job again. So does a change of the runtime, the model or the resources."""
+    retries: Annotated[int, Field(ge=0, le=100)] = 0
+    """How often it is tried again when it fails."""
+    timeout: PositiveDuration = 86400.0
+    """How long one attempt may take."""
+
+
 class FunctionSpec(StrictModel):
     """The model, how it runs, and how requests reach it."""
 
@@ -300,10 +313,16 @@ class FunctionSpec(StrictModel):
     """Over all tenants together."""
     price: Price = Field(default_factory=Price)
     """What tokens cost."""
+    job: Job | None = None
+    """Runs runtime.command once to its end, where a deployment puts it; no request reaches it."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         runtime, gpu = self.runtime, self.resources.gpu
+        if self.job is not None and runtime.engine != "custom":
+            raise ValueError(
+                f"a job runs its own command: write engine: custom, not {runtime.engine}, and a command"
+            )
         if self.model.uri.startswith("sim://") and runtime.engine not in ("simulated", "custom"):
             raise ValueError(
                 f"{self.model.uri} is no model for engine {runtime.engine}; use simulated"

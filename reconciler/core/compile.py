@@ -107,6 +107,8 @@ def compile_workloads(
         spec = deployment.spec
         function = functions[spec.function]
         least = function.spec.scaling.min_replicas if spec.replicas is None else spec.replicas
+        if function.spec.job is not None:
+            least = 1
         if not _is_placed(deployment, here) and not set(unpriced).isdisjoint(spec.placement.any_of):
             shielded[deployment.metadata.name] = (
                 "waiting for SkyPilot's prices to choose a cluster by"
@@ -182,6 +184,8 @@ def _is_placed(deployment: Deployment, places: Mapping[str, str]) -> bool:
 def _scaling(function: FunctionSpec, deployment: Deployment, cluster: Cluster) -> Scaling | None:
     """What decides the number of replicas besides Git; None where Git alone does."""
     scaling = function.scaling
+    if function.job is not None:
+        return None
     if deployment.spec.replicas is not None or isinstance(cluster.spec.provider, ExternalProvider):
         return None
     sleeps = scaling.min_replicas == 0 and scaling.max_replicas is not None
@@ -225,6 +229,7 @@ def _template(function: Function, cluster: Cluster, scheduling: Scheduling) -> T
         readiness=spec.readiness,
         endpoints=endpoints,
         scheduling=scheduling,
+        job=spec.job,
     )
 
 
@@ -258,4 +263,7 @@ def template_digest(template: Template) -> str:
     ]
     if template.scheduling != Scheduling():
         parts.append(asdict(template.scheduling))
+    if template.job is not None:
+        # How often and how long it is tried is no reason to run it again.
+        parts.append(["job", template.job.run])
     return canonical_digest(parts)[:16]

@@ -17,6 +17,10 @@ class Phase(StrEnum):
     NOT_READY = "not-ready"
     DRAINING = "draining"
     FAILED = "failed"
+    RUNNING = "running"
+    """Of a job."""
+    SUCCEEDED = "succeeded"
+    """Of a job; the end of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,6 +273,8 @@ def template_data(template: Template) -> dict[str, Any]:
         data[part] = getattr(template, part).model_dump(
             mode="json", by_alias=True, exclude_defaults=True
         )
+    if template.job is not None:
+        data["job"] = template.job.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     # Names and tasks change nothing that runs.
     for routed in ("servedName", "aliases", "tasks"):
         data["model"].pop(routed, None)

@@ -44,7 +44,7 @@ def compile_routes(
     clusters: list[cluster.Cluster] = []
     for _, obj in sorted(objects.items()):
         match obj.value:
-            case function.Function() as value:
+            case function.Function() as value if value.spec.job is None:
                 functions.append(value)
             case tenant.Tenant() as value:
                 tenants.append(value)

@@ -177,6 +177,9 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
             _condition("Ready", None, "BackendUnknown", text),
             _condition("Degraded", True, "BackendUnknown", text),
         ], facts | {"replicas": {"wanted": workload.replicas}}
+    if workload.template.job is not None and (current or workload.name not in held):
+        judged, told = _job(workload, current, world.failures.get(workload.name, ""))
+        return judged, facts | told
     replicas = current.replicas if current else ()
     fresh = [r for r in replicas if r.spec_digest == workload.spec_digest]
     up = [r for r in replicas if r.phase is Phase.READY]
@@ -251,6 +254,38 @@ def _deployment(view: _View, name: str) -> tuple[list[Document], Document]:
     return conditions, facts
 
 
+def _job(
+    workload: Workload, current: ObservedWorkload | None, failure: str
+) -> tuple[list[Document], Document]:
+    """What runs once to its end: ready is one that has succeeded."""
+    job = workload.template.job
+    assert job is not None
+    runs = [r for r in current.replicas if r.spec_digest == workload.spec_digest] if current else []
+    run = runs[-1] if runs else None
+    told: Document = {"job": {"kind": job.kind, "run": job.run, "state": "pending"}}
+    if run is not None:
+        told["job"] |= {"state": run.phase.value, "attempt": run.restarts + 1}
+    if workload.replicas == 0:
+        return [_condition("Ready", True, "Suspended", "it is not run")], told
+    match run.phase if run else None:
+        case Phase.SUCCEEDED:
+            return [_condition("Ready", True, "Succeeded", "it ran to its end")], told
+        case Phase.FAILED if run is not None and run.restarts >= job.retries:
+            why = run.detail or "no detail"
+            return [
+                _condition("Ready", False, "Failed", why),
+                _condition("Stalled", True, "JobFailed", f"attempt {run.restarts + 1}: {why}"),
+            ], told
+        case _:
+            detail = failure or (run.detail if run else "")
+            doing = {Phase.RUNNING: "it runs", Phase.FAILED: f"to be tried again: {detail}"}
+            text = doing.get(run.phase, detail) if run else failure
+            return [
+                _condition("Ready", False, "Running", text or "it waits to be started"),
+                _condition("Reconciling", True, "Running", text or "it waits to be started"),
+            ], told
+
+
 def _steered(view: _View, workload: Workload, second: Sequence[Workload]) -> Document:
     """What load and a canary decided, and the last decisions. Says the same until one is made."""
     steering = view.world.steering
@@ -305,6 +340,9 @@ def _function(view: _View, name: str) -> tuple[list[Document], Document]:
     }
     if not mine:
         return [_condition("Ready", False, "NotDeployed", "no Deployment runs it")], facts
+    if mine[0].template.job is not None:
+        del facts["readyReplicas"]
+        return [_condition("Ready", True, "Job", "its deployments tell how its runs went")], facts
     if up:
         ready = f"{up} replica{'s' * (up != 1)} ready"
         return [_condition("Ready", True, "Serving", ready)], facts

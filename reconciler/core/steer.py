@@ -100,7 +100,8 @@ def steer(
     canaries: dict[str, Canary] = {}
     weights: dict[str, int] = {}
     for name, workload in scaled.items():
-        if workload.rollout.strategy != "canary" or workload.backend == "external":
+        beside = workload.rollout.strategy == "canary" and workload.template.job is None
+        if not beside or workload.backend == "external":
             workloads[name] = workload
             continue
         state = steering.canaries.get(name, Canary())

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from reconciler.core.digest import canonical_digest
 from schemas.cluster import ExternalEndpoint, Provider
 from schemas.deployment import Rollout
-from schemas.function import Model, Readiness, Resources, Runtime, Scaling
+from schemas.function import Job, Model, Readiness, Resources, Runtime, Scaling
 
 MAX_NAME: Final = 63
 
@@ -59,6 +59,8 @@ class Template:
     """External clusters only: the engines somebody else runs."""
     scheduling: Scheduling = Scheduling()
     """SkyPilot's clusters only; elsewhere it has no effect and stays unset."""
+    job: Job | None = None
+    """It runs once to its end, and serves nobody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def deployment_lines(world: World) -> dict[str, DeploymentLine]:
             continue  # the second one of a roll, of which status tells
         current = observed.get(workload.name)
         replicas = current.replicas if current else ()
-        up = [r for r in replicas if r.phase is Phase.READY]
+        up = [r for r in replicas if r.phase in (Phase.READY, Phase.RUNNING, Phase.SUCCEEDED)]
         fresh = [r for r in up if r.spec_digest == workload.spec_digest]
         sick = [r.detail for r in replicas if r.phase is Phase.FAILED and r.detail]
         detail = world.failures.get(workload.name) or held.get(workload.name) or ""

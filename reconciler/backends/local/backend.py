@@ -17,6 +17,7 @@ from typing import Final
 
 from reconciler.backends.local import reaper
 from reconciler.backends.local.fleet import Fleet, Held
+from reconciler.backends.local.jobs import LocalJobs
 from reconciler.backends.local.launch import free_port
 from reconciler.backends.local.processes import (
     mark_of,
@@ -68,6 +69,10 @@ class LocalBackend:
             settings=settings or ReplicaSettings(),
             pick_port=pick_port,
         )
+        chosen = settings or ReplicaSettings()
+        self._jobs = LocalJobs(
+            self._state, self._mark, self._news, environ, chosen.host, chosen.log_size_bytes
+        )
         self._foreign: frozenset[str] = frozenset()
         self._seen: Observation | None = None
         self._taking = asyncio.Lock()
@@ -91,9 +96,12 @@ class LocalBackend:
         except OSError as error:
             raise BackendUnreachable(f"{self._state.path}: {error.strerror}") from error
         foreign = set()
+        jobs: list[WorkloadRecord] = []
         for record in records:
             if isinstance(record, Unreadable):
                 self._fleet.held[record.name] = Held(record.name, unreadable=record.reason)
+            elif record.owner == self._owner and record.workload.template.job is not None:
+                jobs.append(record)
             elif record.owner == self._owner:
                 self._fleet.held[record.workload.name] = Held(record.workload.name, record)
             else:
@@ -108,6 +116,8 @@ class LocalBackend:
         self._fleet.end_strays(running)
         for name in self._fleet.held:
             self._fleet.soon(name)
+        for record in jobs:
+            self._jobs.take(record)
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def observe(self) -> Observation | Unknown:
@@ -121,6 +131,7 @@ class LocalBackend:
             workloads = {
                 name: self._fleet.observed(held) for name, held in sorted(self._fleet.held.items())
             }
+            workloads |= self._jobs.observed()
             self._seen = Observation(self.name, workloads, self._foreign)
         return self._seen
 
@@ -149,6 +160,7 @@ class LocalBackend:
         self._running = False
         if self._sweeping is not None:
             self._sweeping.cancel()
+        self._jobs.close()
         await self._fleet.close()
         self._seen = None
         if self._lock_descriptor >= 0:
@@ -165,6 +177,9 @@ class LocalBackend:
             self._state.remove_replica(replica_id)
 
     async def _take(self, workload: Workload) -> None:
+        if workload.template.job is not None or workload.name in self._jobs.held:
+            await self._take_job(workload)
+            return
         held = self._fleet.held.get(workload.name)
         if held is not None and held.record is None:
             raise Stalled(f"{workload.name} is quarantined: {held.unreadable}")
@@ -184,7 +199,35 @@ class LocalBackend:
         self._news()
         self._fleet.converge(workload.name)
 
+    async def _take_job(self, workload: Workload) -> None:
+        name = workload.name
+        if name in self._fleet.held or workload.template.job is None:
+            raise Stalled(
+                f"{name} is {'a job' if name in self._jobs.held else 'no job'} already; give the "
+                "other a deployment of its own name"
+            )
+        held = self._jobs.held.get(name)
+        if held is not None and held.record.deleting:
+            raise Waiting(f"{name} is still being deleted", retry_after_s=1.0)
+        record = WorkloadRecord(self._owner, workload)
+        if held is None or held.record != record:
+            self._jobs.check(workload)
+            await self._write(record)
+            if self._running:
+                self._jobs.take(record)
+                self._news()
+
+    async def _delete_job(self, record: WorkloadRecord) -> None:
+        if not record.deleting:
+            record = WorkloadRecord(self._owner, record.workload, deleting=True)
+            await self._write(record)
+        self._jobs.take(record)
+        self._news()
+
     async def _delete(self, name: str) -> None:
+        if name in self._jobs.held:
+            await self._delete_job(self._jobs.held[name].record)
+            return
         held = self._fleet.held.get(name)
         if held is None:
             return
