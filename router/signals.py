@@ -78,10 +78,15 @@ class Signals:
             return
         self._arrived[record.function] = self._arrived.get(record.function, 0) + 1
         if record.replica:
+            # What the router counted itself says nothing of caches.
+            usage = record.usage
+            said = usage is not None and not usage.estimated
             self.ended(
                 record.replica,
                 failed=record.outcome in _FAILURES,
                 ttft_s=record.first_body - record.started if record.first_body else None,
+                input_tokens=usage.input_tokens if usage is not None and said else 0,
+                cached_tokens=usage.cached_tokens if usage is not None and said else 0,
             )
 
     def ended(
