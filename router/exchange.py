@@ -105,6 +105,8 @@ class Exchange(msgspec.Struct, eq=False):
     # What it used:
     _metering: Metering = UNCHANGED
     _metered: Metered | None = None
+    _judged: Sent | None = None
+    """The last attempt, once there was one: its engine's word on the prompt is held against it."""
     _settled: bool = False
 
     # Of the function that is asked:
@@ -536,7 +538,7 @@ class Exchange(msgspec.Struct, eq=False):
             self._proxy.decisions.noted(self._seen)
             self._seen = None
         if sent is not None:
-            self._sent = sent
+            self._sent = self._judged = sent
             sent.begin()
         if record.trace is not None:
             record.trace.attempt(candidate, record)
@@ -819,6 +821,9 @@ class Exchange(msgspec.Struct, eq=False):
             ttft_s=record.first_body - record.started if record.first_body else None,
             ended_at=time.time(),
         )
+        # Only a whole answer says what was cached: before its end an engine leaves that out.
+        if self._judged is not None and record.outcome == "ok" and not usage.estimated:
+            self._judged.used(usage.input_tokens, usage.cached_tokens)
         tokens = usage.input_tokens, usage.output_tokens
         if not metered.known and record.outcome == "ok":
             tokens = self._estimated()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import io
+import json
 import secrets
 import signal
 import time
@@ -35,7 +36,9 @@ from tests.behaviour.router.certificates import self_signed
 from tests.behaviour.router.harness import (
     KEY,
     RunningRouter,
+    fake_engine,
     function,
+    http,
     routing_table,
     running_router,
 )
@@ -318,3 +321,62 @@ async def test_keys_that_are_none_are_refused_at_the_start(
     with pytest.raises(SettingsInvalid, match=said):
         async with running_router(routing_table(), tmp_path, agent_port=0, agent_keys_file=file):
             pass
+
+
+def says(prompt_tokens: int, cached_tokens: int | None) -> bytes:
+    """An answer with its usage, as engines give it."""
+    details = None if cached_tokens is None else {"cached_tokens": cached_tokens}
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 1,
+        "prompt_tokens_details": details,
+    }
+    return json.dumps({"object": "chat.completion", "choices": [], "usage": usage}).encode()
+
+
+LONG = TEXT * 4
+
+
+async def test_what_engines_had_of_prompts_is_held_against_predictions(tmp_path: Path) -> None:
+    async with fake_engine() as engine:
+        table = routing_table(function(engine.url, policy=EXPECTED))
+        async with running_router(table, tmp_path) as running:
+            router = running.router
+            trust, slot = router.brain.states.trust, router.brain.slots["sim-r0"]
+            tokens = len(LONG) // 4
+            engine.answer = http(says(tokens, 0))
+            await chat(router, LONG)  # the first of it: nothing is predicted
+            assert trust.share_come_true(slot) is None
+            engine.answer = http(says(tokens, tokens - 16))
+            await chat(router, LONG)
+            assert trust.share_come_true(slot) == 1
+            engine.answer = http(says(tokens, 200))
+            for _ in range(25):
+                await chat(router, LONG)
+            assert trust.factors[slot] < 0.7
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(f"{router.admin_url}/metrics") as answer,
+            ):
+                page = await answer.text()
+            (line_,) = [
+                x for x in page.splitlines() if x.startswith("detoserve_router_cache_trust{")
+            ]
+            assert float(line_.split()[1]) == pytest.approx(trust.factors[slot])
+            # An engine that has nothing of it, again and again, has lost its cache.
+            engine.answer = http(says(tokens, 0))
+            for _ in range(3):
+                await chat(router, LONG)
+            assert slot not in trust.factors
+
+
+async def test_a_simulated_engine_s_hits_are_as_predicted(tmp_path: Path) -> None:
+    async with engine_process(*SMALL, "--num-blocks", "512") as engine:
+        table = routing_table(function(engine.url, policy=EXPECTED))
+        async with running_router(table, tmp_path) as running:
+            router = running.router
+            for turns in range(1, 6):
+                await chat(router, TEXT[: 300 * turns])
+            share = router.brain.states.trust.share_come_true(router.brain.slots["sim-r0"])
+            assert share is not None
+            assert share > 0.9
