@@ -10,17 +10,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
 
-from router.commands.recorded import RedisUrl, StateDir, connected, decision_id, find
+from router.commands.recorded import RedisUrl, StateDir, connected, decision_id, find, last
 from router.commands.tables import seconds, text_table
 from router.core.rescore import SCORED, Explanation
 from router.core.rescore import explain as explained
 from schemas.wire.decisions import Decision, Outcome
 from schemas.wire.routing import Weights
+
+_LISTED: Final = 20
 
 app = typer.Typer(
     add_completion=False,
@@ -33,8 +35,12 @@ app = typer.Typer(
 @app.command()
 def explain(
     decision: Annotated[
-        str, typer.Argument(help="The id after d= in x-detoserve-route, or that whole header.")
-    ],
+        str | None,
+        typer.Argument(
+            help="The id after d= in x-detoserve-route, or that whole header. [default: lists the newest]",
+            show_default=False,
+        ),
+    ] = None,
     tenant: Annotated[
         str | None,
         typer.Option(help="Look only among this tenant's. [default: all]", show_default=False),
@@ -49,6 +55,10 @@ def explain(
     other rules, and the commit that set the policy. Routers record some 20 decisions a second each
     (--decisions-per-s) and keep them for a day. Exit codes: 0 fine, 1 not recorded, 2 Redis cannot be read.
     """
+    if decision is None:
+        with connected(redis_url, state_dir) as redis:
+            _list(last(redis, _LISTED, tenant, None), as_json=as_json)
+        return
     wanted = decision_id(decision)
     with connected(redis_url, state_dir) as redis:
         attempts = find(redis, wanted, tenant)
@@ -63,6 +73,30 @@ def explain(
         typer.echo(json.dumps([as_data(one) for one in attempts], indent=2, ensure_ascii=False))
     else:
         typer.echo("\n\n".join("\n".join(as_text(one)) for one in attempts))
+
+
+def _list(newest: Sequence[Decision], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([as_data(one) for one in newest], indent=2, ensure_ascii=False))
+        return
+    rows = []
+    for one in newest:
+        outcome, at = one.outcome, datetime.fromtimestamp(one.at, UTC)
+        ttft_s = outcome.ttft_s if outcome is not None else None
+        rows.append(
+            [
+                one.id,
+                at.strftime("%m-%d %H:%M:%S"),
+                one.tenant,
+                one.function,
+                one.policy,
+                one.chosen,
+                "running" if outcome is None else str(outcome.status),
+                "" if ttft_s is None else seconds(ttft_s),
+            ]
+        )
+    head = ["decision", "UTC", "tenant", "function", "policy", "replica", "status", "first token"]
+    typer.echo("\n".join(text_table(head, rows)))
 
 
 def as_data(decision: Decision) -> dict[str, Any]:

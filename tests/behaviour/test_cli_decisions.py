@@ -135,6 +135,23 @@ async def test_a_decision_is_recorded_and_explained(tmp_path: Path) -> None:
         assert set(told["standings"][0]["signals"]) == {"kv_cache", "session", "load", "latency"}
 
 
+async def test_the_newest_decisions_are_listed(tmp_path: Path) -> None:
+    async with running_valkey(tmp_path) as (valkey, redis):
+        async with running(redis) as log:
+            for number in range(30):
+                log.noted(seen(number, tenant=TENANTS[number % 2]))
+                log.ended(f"{number:016x}", DONE)
+        code, out, _ = await run("explain", url=valkey.url)
+        assert code == 0
+        head, *rows = out.splitlines()
+        assert head.split()[0] == "decision"
+        assert [row.split()[0] for row in rows] == [f"{number:016x}" for number in range(10, 30)]
+        assert rows[-1].split()[3:8] == ["other", "chat", "expected-latency", "r1", "200"]
+        code, out, _ = await run("explain", "--tenant", "team", "--json", url=valkey.url)
+        assert {one["tenant"] for one in json.loads(out)} == {"team"}
+        assert len(json.loads(out)) == 15
+
+
 async def test_every_attempt_of_a_request_is_shown(tmp_path: Path) -> None:
     async with running_valkey(tmp_path) as (valkey, redis):
         async with running(redis) as log:
