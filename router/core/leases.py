@@ -390,7 +390,7 @@ class Book:
 
     def is_renewal_due(self, now: float) -> bool:
         """Whether the store should hear that this process lives."""
-        return bool(self.shares) and now - self._told_at >= RENEW_S
+        return now - self._told_at >= RENEW_S
 
     def recall(self, key: str) -> bool:
         """Another router needs what is unused here. False: there is no such share."""

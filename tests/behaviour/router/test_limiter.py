@@ -315,3 +315,18 @@ async def test_a_router_that_ends_gives_back_what_it_leased(valkey):
         assert sum(int(v) for k, v in taken.items() if k.isdigit()) == 5
         held = await redis.hgetall(redis_keys.LIMIT + "tenant:team:concurrent")
         assert not [name for name in held if name.startswith((b"r", b"x"))]
+
+
+async def test_a_router_that_has_no_requests_counts_among_those_that_share(valkey):
+    async with (
+        limiters(valkey.url, rate(concurrent=5), function(), 2) as routers,
+        Redis.from_url(valkey.url) as redis,
+    ):
+        before = dict(await redis.zrange(redis_keys.LIMIT_ROUTERS, 0, -1, withscores=True))
+        assert len(before) == len(routers)
+
+        async def all_heard_again() -> bool:
+            now = dict(await redis.zrange(redis_keys.LIMIT_ROUTERS, 0, -1, withscores=True))
+            return all(now[name] > at for name, at in before.items())
+
+        await eventually(all_heard_again, timeout_s=20)
