@@ -155,7 +155,7 @@ class Kai(StrictModel):
     """KAI Scheduler on this cluster."""
 
     enabled: bool = False
-    """Replicas are scheduled by KAI, in their tenant's queue."""
+    """Replicas are scheduled by KAI: in the queue named like their tenant, or in `shared` where several share them."""
     parent_queue: Name | None = None
     """The queue under which tenants' queues stand."""
     topology: (

@@ -154,7 +154,7 @@ class Runtime(StrictModel):
     command: list[str] = Field(default_factory=list)
     """Replaces the engine's own command. `{port}`, `{host}`, `{model}` and `{replica}` are filled in."""
     args: list[str] = Field(default_factory=list)
-    """Added to the command; the same names are filled in."""
+    """Added to the command; the same names are filled in. With `disaggregation`: to what answers requests."""
     env: dict[EnvName, str] = Field(default_factory=dict)
     """Environment variables of the engine. Values are text: quote numbers."""
     secrets: dict[EnvName, SecretRef] = Field(default_factory=dict)
