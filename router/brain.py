@@ -16,7 +16,7 @@ from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
 from router.core.engine_reports import EngineReports
 from router.core.index import PrefixIndex
 from router.core.load import Ticket
-from router.core.pick import SCORED, Chance
+from router.core.pick import SCORED, Chance, counted
 from router.core.room import Room
 from router.core.route import Candidates, Choice, States, choose, dispatched, hit_tokens
 from router.core.score import Fleet, Held
@@ -278,6 +278,17 @@ class Brain:
     def slots(self) -> Mapping[str, int]:
         """Replica id -> slot."""
         return self._slots
+
+    def carried(self, pool: Sequence[Candidate], own: Mapping[str, int]) -> Mapping[str, int]:
+        """Requests on each replica that count against what it may carry, those of other routers too."""
+        found = {}
+        for candidate in pool:
+            mine, slot = own.get(candidate.id, 0), self._slots.get(candidate.id)
+            if slot is not None and candidate.max_concurrent:
+                others, routers = self.states.load.others(slot)
+                mine = counted(mine, others, routers, candidate.max_concurrent)
+            found[candidate.id] = mine
+        return found
 
     def heard(self, report: EngineReport) -> str:
         """An engine's word about itself; says why it does not count, or nothing."""

@@ -348,7 +348,7 @@ class Exchange(msgspec.Struct, eq=False):
             # Where others wait there may be room that has just come: it is theirs.
             or not (
                 proxy.queues.must_wait(function.name)
-                or full(candidates, self._state.in_flight.by_replica, ejected)
+                or full(candidates, self._carried(candidates), ejected)
             )
         ):
             raise Refused(errors.at_capacity(function.name))
@@ -358,6 +358,13 @@ class Exchange(msgspec.Struct, eq=False):
         if isinstance(place, Refusal):
             raise Refused(place)
         self._place = place
+
+    def _carried(self, candidates: Sequence[Candidate]) -> Mapping[str, int]:
+        """Requests on each replica, as they count against what it may carry."""
+        own = self._state.in_flight.by_replica
+        if self._function.name not in self._snapshot.bounded:
+            return own
+        return self._proxy.brain.carried(candidates, own)
 
     def _wake(self) -> None:
         """Waits for a function that sleeps, where it does and no other is to be asked."""
@@ -433,7 +440,8 @@ class Exchange(msgspec.Struct, eq=False):
             state.breakers or self._tried or function.name in self._snapshot.bounded
         ) and not forced:
             ejected = kept_out(pool, state.breakers, perf_counter())
-            pool = available(pool, load, without=self._tried, ejected=ejected)
+            carried = self._carried(pool)
+            pool = available(pool, carried, without=self._tried, ejected=ejected)
         session = pinned = None
         conversation = self._conversation
         if conversation is not None:

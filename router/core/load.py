@@ -212,6 +212,11 @@ class Load:
         self._others[slot] = _added(self._shares[slot].values())
         self._publish(slot)
 
+    def others(self, slot: int) -> tuple[int, int]:
+        """(requests of other routers there, how many routers have any)."""
+        counts = [share.requests for share in self._shares[slot].values() if share.requests]
+        return sum(counts), len(counts)
+
     def shared(self, router: str) -> list[int]:
         """Slots where another router has anything."""
         return [

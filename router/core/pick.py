@@ -50,6 +50,17 @@ def available(
     ]
 
 
+def counted(own: int, others: int, routers: int, most: int) -> int:
+    """Requests on a replica that count against the `most` it may carry.
+
+    `others` are those of so many other `routers`. While a router has less than its even part, only its
+    own count: one that keeps a replica full would otherwise never leave room for those that wait elsewhere. What
+    is carried too much meanwhile goes as the others' requests end.
+    """
+    part = -(-most // (routers + 1))
+    return own if own < part else own + others
+
+
 def full(
     candidates: Sequence[Candidate], in_flight: Mapping[str, int], ejected: Collection[str] = ()
 ) -> bool:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.core.endpoint_check import all_allowed, is_allowed
-from router.core.pick import available, effective_policy, pick
+from router.core.pick import available, counted, effective_policy, pick
 from router.core.retries import RetryBudget, is_retryable
 from router.core.snapshot import snapshot
 from schemas.routing_policy import PolicyName
@@ -152,3 +152,26 @@ def test_addresses_an_endpoint_may_have(address, cidrs, allowed):
 
 def test_one_bad_address_condemns_a_name():
     assert not all_allowed(["10.0.0.1", "169.254.169.254"], ())
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.randoms(use_true_random=False))
+def test_routers_that_all_have_more_to_send_come_to_share_a_replica_evenly(most, count, random):
+    own = [0] * count
+    own[0] = most  # the first had it for itself
+    for _ in range(60 * most * count):
+        router = random.randrange(count)
+        if own[router] and random.random() < 0.5:
+            own[router] -= 1
+        others = [n for n in own[:router] + own[router + 1 :] if n]
+        if counted(own[router], sum(others), len(others), most) < most:
+            own[router] += 1
+    part = -(-most // count)
+    assert sum(own) <= part * count
+    assert min(own) >= min(part, 1) * (part - 1)
+    assert max(own) <= part
+
+
+def test_alone_a_router_may_use_all_of_a_replica():
+    assert [counted(n, 0, 0, 4) for n in range(6)] == list(range(6))
+    assert counted(7, 3, 1, 16) == 7
+    assert counted(8, 3, 1, 16) == 11
