@@ -5,77 +5,21 @@ Run with `just test-vllm`; needs some 3 GB of disk for vLLM and its model, and 6
 
 from __future__ import annotations
 
+import asyncio
 import json
-import time
+import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
-from openai import OpenAI
 
-from tests.e2e.ready_process import ready_process
-from tests.e2e.real.vllm_engine import BLOCK_TOKENS, SERVED_NAME, VllmEngine
+from tests.e2e.real.vllm_engine import BLOCK_TOKENS, BLOCKS, SERVED_NAME, VllmEngine
 from tests.e2e.real.vllm_install import install
+from tests.e2e.real.vllm_site import Conversation, Turn, vllm_site
+from tests.support import eventually
 
 pytestmark = [pytest.mark.e2e, pytest.mark.vllm, pytest.mark.timeout(900)]
-
-KEY = "a key of the team"
-RULES = "\n".join(
-    f"Rule {number}: answer questions about topic {number} in plain words, and never guess."
-    for number in range(1, 71)
-)
-
-
-@dataclass
-class Turn:
-    replica: str
-    ttft_s: float
-    prompt_tokens: int
-    cached_tokens: int
-    text: str
-
-
-class Conversation:
-    """One user's messages, sent through the router turn by turn."""
-
-    def __init__(self, client: OpenAI, name: str, **body: Any) -> None:
-        self._client = client
-        self._body = body
-        # What differs stands first, so that conversations share no cache.
-        self._messages = [{"role": "system", "content": f"You serve {name}.\n{RULES}"}]
-
-    def say(self, text: str) -> Turn:
-        self._messages.append({"role": "user", "content": text})
-        began = time.monotonic()
-        with self._client.chat.completions.with_streaming_response.create(
-            model=SERVED_NAME,
-            messages=self._messages,
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body=self._body,
-        ) as answer:
-            ttft_s, words, usage = None, [], None
-            for line in answer.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                usage = chunk.get("usage") or usage
-                for choice in chunk["choices"]:
-                    if choice["delta"].get("content"):
-                        ttft_s = ttft_s or time.monotonic() - began
-                        words.append(choice["delta"]["content"])
-            replica = answer.headers["x-detoserve-route"].partition(";")[0]
-        assert ttft_s is not None
-        assert usage is not None
-        self._messages.append({"role": "assistant", "content": "".join(words)})
-        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return Turn(replica, ttft_s, usage["prompt_tokens"], cached, "".join(words))
 
 
 @pytest.fixture(scope="module")
@@ -97,70 +41,135 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[VllmEngin
 
 def warm(engine: VllmEngine) -> None:
     """An engine's first prompts pay for what it sets up; nobody's conversation does here."""
-    client = OpenAI(base_url=f"{engine.url}/v1", api_key="-", max_retries=0, timeout=120)
     for text in ("Hello", "Hello " * 1500):
-        client.completions.create(model=SERVED_NAME, prompt=text, max_tokens=2)
-    client.close()
+        body = {"model": SERVED_NAME, "prompt": text, "max_tokens": 2}
+        asked = urllib.request.Request(
+            f"{engine.url}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            assert answer.status == 200
 
 
-@pytest.fixture
-def router(engines: list[VllmEngine], tmp_path: Path) -> Iterator[OpenAI]:
-    replicas = [{"id": engine.name, "url": engine.url} for engine in engines]
-    arm = {"deployment": "smollm2", "cluster": "here", "replicas": replicas}
-    function = {
-        "name": SERVED_NAME,
-        "served_name": SERVED_NAME,
-        "tasks": ["chat"],
-        "policy": {"name": "expected-latency"},
-        "arms": [arm],
-    }
-    keys = [{"id": "team", "sha256": sha256(KEY.encode()).hexdigest()}]
-    table = {
-        "functions": [function],
-        "tenants": [{"name": "team", "models": ["*"], "keys": keys}],
-    }
-    routes = tmp_path / "routes.json"
-    routes.write_text(json.dumps(table))
-    with ready_process("router", "--port", 0, "--admin-port", 0, "--routes", routes) as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=120)
-        yield client
-        client.close()
+def in_blocks(tokens: int) -> int:
+    return tokens // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def test_a_returning_conversation_lands_on_its_engine_and_starts_sooner(
-    router: OpenAI,
+async def test_a_returning_conversation_lands_on_its_engine_and_starts_sooner(
+    engines: list[VllmEngine], tmp_path: Path
 ) -> None:
-    conversations = [Conversation(router, f"user {number} of the router") for number in range(4)]
-    turns = [[conversation.say("Hello! Who are you?")] for conversation in conversations]
-    for question in ("What is the capital of France?", "And of Italy?"):
-        for conversation, before in zip(conversations, turns, strict=True):
-            before.append(conversation.say(question))
+    async with vllm_site(tmp_path, engines) as site:
+        before = await site.both_followed()
+        # One after the other, so that what differs is the cache; then four at once, so that they spread.
+        users = [Conversation(site, f"user {number} of the router") for number in range(7)]
+        told = [[await user.say("Hello! Who are you?")] for user in users[:3]]
+        at_once = await asyncio.gather(*(user.say("Hello! Who are you?") for user in users[3:]))
+        assert {turn.engine for turn in at_once} == {"one", "two"}
+        told += [[turn] for turn in at_once]
+        for question in ("What is the capital of France?", "And of Italy?"):
+            for user, turns in zip(users, told, strict=True):
+                turns.append(await user.say(question))
 
-    assert all(len({turn.replica for turn in told}) == 1 for told in turns)
-    assert {told[0].replica for told in turns} == {"one", "two"}
-    for first, *later in turns:
-        assert first.cached_tokens < BLOCK_TOKENS
-        known = first.prompt_tokens
-        for turn in later:
-            # Whole blocks of the turn before; the template may end a turn otherwise than it began it.
-            assert known - 2 * BLOCK_TOKENS <= turn.cached_tokens <= turn.prompt_tokens
-            known = turn.prompt_tokens
-    cold = median(told[0].ttft_s for told in turns)
-    warm_s = median(turn.ttft_s for told in turns for turn in told[1:])
-    print(
-        f"{turns[0][0].prompt_tokens} tokens: first token after {cold * 1e3:.0f} ms cold, "
-        f"{warm_s * 1e3:.0f} ms returning, {cold / warm_s:.0f} times sooner"
-    )
-    assert cold >= 5 * warm_s
+        for turns in told:
+            assert len({turn.engine for turn in turns}) == 1
+            returns_find_what_was_left(turns)
+        cold = median(turns[0].ttft_s for turns in told[:3])
+        again = median(turn.ttft_s for turns in told for turn in turns[1:])
+        print(
+            f"{told[0][0].prompt_tokens} tokens: first token after {cold * 1e3:.0f} ms cold, "
+            f"{again * 1e3:.0f} ms returning, {cold / again:.0f} times sooner"
+        )
+        assert cold >= 5 * again
+
+        # The router was right about what they held, also where it had to reckon in bytes.
+        true = await site.router_says("cache_true_ratio")
+        print(f"of what the router took to be cached, engines had {true}")
+        assert {name for name, share in true.items() if share > 0.9} == {"one", "two"}
+
+        # What the engines' events say, they say of these conversations and of nothing else.
+        async def told_by_events() -> bool:
+            reports = await site.reports()
+            for name, report in reports.items():
+                assert report.block_tokens == BLOCK_TOKENS
+                assert report.capacity_blocks == BLOCKS
+                assert report.epoch == before[name].epoch
+                mine = [turns for turns in told if turns[0].engine == name]
+                stored = report.stored_tokens - before[name].stored_tokens
+                computed = sum(
+                    t.prompt_tokens + t.answer_tokens - t.cached_tokens for ts in mine for t in ts
+                )
+                # Every block of a conversation once; what ends within a block is computed again.
+                longest = sum(in_blocks(ts[-1].prompt_tokens) for ts in mine)
+                assert longest <= stored <= computed, (name, longest, stored, computed)
+            return True
+
+        await eventually(told_by_events, timeout_s=20)
 
 
-def test_salts_separate_what_the_engine_holds(router: OpenAI) -> None:
-    def again(salt: str | None) -> int:
-        body = {} if salt is None else {"cache_salt": salt}
-        return Conversation(router, "whoever has the salt", **body).say("Hello!").cached_tokens
+async def test_a_killed_engine_is_credited_with_nothing_until_it_is_told_otherwise(
+    engines: list[VllmEngine], tmp_path: Path
+) -> None:
+    async with vllm_site(tmp_path, engines) as site:
+        user = Conversation(site, "somebody whose engine dies")
+        first, second = await user.say("Hello!"), await user.say("Are you well?")
+        assert first.engine == second.engine
+        assert second.cached_tokens > 1000
+        held = await site.router_says("index_blocks")
+        assert held[first.engine] > 0
+        other = ({"one", "two"} - {first.engine}).pop()
+        epoch = (await site.reports())[first.engine].epoch
 
-    assert again("one tenant") < BLOCK_TOKENS
-    assert again("one tenant") > 1000
-    assert again("another tenant") < BLOCK_TOKENS
-    assert again(None) < BLOCK_TOKENS
-    assert again("one tenant") > 1000
+        dead = site.engines_by_name[first.engine]
+        dead.kill()
+
+        async def credited_with_nothing() -> bool:
+            return not (await site.router_says("index_blocks")).get(first.engine)
+
+        await eventually(credited_with_nothing, timeout_s=30)
+        dead.start()
+        print(f"{dead.name} ready again {await asyncio.to_thread(dead.wait_ready):.0f} s after")
+        warm(dead)
+
+        async def routed_again() -> bool:
+            return set((await site.replicas()).values()) == {"one", "two"}
+
+        await eventually(routed_again, timeout_s=60)
+        await eventually(credited_with_nothing, timeout_s=10)
+        assert (await site.router_says("index_blocks"))[other] == held.get(other, 0)
+        assert (await site.both_followed())[first.engine].epoch > epoch
+
+        # Told otherwise by what it is sent from now on: the conversation settles somewhere again.
+        third, fourth = await user.say("Where were we?"), await user.say("And now?")
+        assert third.cached_tokens < BLOCK_TOKENS
+        assert fourth.engine == third.engine
+        assert fourth.cached_tokens > 1000
+
+
+def returns_find_what_was_left(turns: list[Turn]) -> None:
+    first, *later = turns
+    assert first.cached_tokens < BLOCK_TOKENS
+    known = first.prompt_tokens
+    for turn in later:
+        # Whole blocks of the turn before; a template may end one otherwise than it goes on.
+        assert known - 2 * BLOCK_TOKENS <= turn.cached_tokens <= turn.prompt_tokens
+        known = turn.prompt_tokens
+
+
+async def test_salts_separate_what_the_engines_hold(
+    engines: list[VllmEngine], tmp_path: Path
+) -> None:
+    async with vllm_site(tmp_path, engines) as site:
+
+        async def cached(tenant: str, salt: str | None) -> int:
+            body = {} if salt is None else {"cache_salt": salt}
+            user = Conversation(site, "whoever asks the same", tenant=tenant, **body)
+            return (await user.say("Hello!")).cached_tokens
+
+        for salt in ("one", None):
+            assert await cached("acme", salt) < BLOCK_TOKENS
+            assert await cached("acme", salt) > 1000
+            # Another tenant never finds out that this was asked, whatever salt it names.
+            assert await cached("other", salt) < BLOCK_TOKENS
+        assert await cached("acme", "another") < BLOCK_TOKENS
+        assert await cached("acme", "one") > 1000

@@ -19,7 +19,6 @@ BLOCK_TOKENS = 32
 BLOCKS = 1024
 """Some 32,000 tokens: what the tests ask is never evicted."""
 MAX_MODEL_LEN = 4096
-_NICE = 10
 
 
 @dataclass
@@ -57,7 +56,7 @@ class VllmEngine:
         with (self.folder / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *("nice", "-n", str(_NICE), self.install.program, "serve", self.install.model),
+                    *(self.install.program, "serve", self.install.model),
                     *("--host", "127.0.0.1", "--port", str(self.port)),
                     *("--served-model-name", SERVED_NAME, "--dtype", "bfloat16"),
                     *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "8"),
@@ -82,7 +81,7 @@ class VllmEngine:
             with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
                 return bool(answer.status == 200)
 
-        eventually_sync(ready, timeout_s=240, what=f"{self.name} healthy")
+        eventually_sync(ready, timeout_s=600, what=f"{self.name} healthy")
         return time.monotonic() - self._started_at
 
     def kill(self) -> None:
