@@ -48,6 +48,8 @@ class Lab:
 
     def __init__(self, layout: Layout) -> None:
         self.at = layout
+        self._outer: subprocess.Popen[bytes] | None = None
+        """Of a lab that this process started."""
 
     @classmethod
     def found(cls, folder: Path = DEFAULT_FOLDER) -> Lab | None:
@@ -85,6 +87,7 @@ class Lab:
                 env={**os.environ, "PYTHONPATH": str(_ROOT)},
                 start_new_session=True,
             )
+        lab._outer = process
         (folder / "unshare.pid").write_text(f"{process.pid}")
         try:
             lab._plug_in()
@@ -108,6 +111,11 @@ class Lab:
             process = psutil.Process(first)
             process.kill()
             process.wait(30)
+            # Networks are taken apart a moment later.
+            cable = Path("/sys/class/net") / LINK
+            eventually_sync(lambda: not cable.exists(), timeout_s=10, what="the cable is gone")
+        if self._outer is not None:
+            self._outer.wait(30)
         if not keep:
             shutil.rmtree(self.at.folder, ignore_errors=True)
 

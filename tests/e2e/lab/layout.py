@@ -14,7 +14,7 @@ UID = 64_990
 GPUS_A_NODE = 8
 CPUS_A_NODE = 64
 MEMORY_MB_A_NODE = 512_000
-NODES_BY_GPU = {"H100": 6, "L4": 2}
+NODES_BY_GPU = {"H100": 8, "L4": 2}
 """Each node takes one replica, so that all of them may use the same port; draining ones count too."""
 NETWORK = "10.89.46"
 LINK = "detoserve-lab"

@@ -26,10 +26,15 @@ exec {python} -c 'import sys; sys.argv[0] = "detoserve-agent"; from agent.cli im
 
 
 def write(folder: Path, *, skypilot: Path, agent_python: Path, vllm: Path) -> None:
-    """`vllm`: where the command is, or will be once it is installed."""
+    """`vllm`: where the command is, or will be once it is installed.
+
+    Our agent is a command, and a module of the Python that replicas run with.
+    """
     code = folder / "code"
     for package in ("agent", "schemas"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("*.pyc"))
+    for user, own in zip(_sites(skypilot / "user"), _sites(agent_python.parents[1]), strict=True):
+        (user / "detoserve.pth").write_text(f"{code}\n{own}\n")
     texts = {
         "uv": _UV.format(uv=skypilot / "venv/bin/uv"),
         "detoserve-agent": _AGENT.format(code=code, python=agent_python),
@@ -38,3 +43,7 @@ def write(folder: Path, *, skypilot: Path, agent_python: Path, vllm: Path) -> No
     for name, text in texts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
+
+
+def _sites(environment: Path) -> list[Path]:
+    return list(environment.glob("lib/python3*/site-packages"))
