@@ -117,7 +117,7 @@ def document() -> dict[str, Any]:
         "list_models",
         "The models this key may use.",
         key=True,
-        responses=_errors("400", "401", "403", "503"),
+        responses=_errors("400", "401", "403", "429", "503"),
     )
     paths["/v1/models/{model}"] = _own(
         "retrieve_model",
@@ -126,7 +126,7 @@ def document() -> dict[str, Any]:
         parameters=[
             {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
         ],
-        responses=_errors("400", "401", "403", "404", "503"),
+        responses=_errors("400", "401", "403", "404", "429", "503"),
     )
     for methods, endpoint in STORED:
         for method in sorted(methods):
@@ -148,7 +148,7 @@ def document() -> dict[str, Any]:
                     "description": "It is forgotten, or was never known.",
                     "content": {"application/json": {"schema": {"type": "object"}}},
                 },
-                **_errors("400", "401", "403", "404", "503"),
+                **_errors("400", "401", "403", "404", "429", "503"),
             },
         }
     }
