@@ -71,6 +71,8 @@ class FakeService:
     born: int = 0
     mode: str = "rolling"
     answering: bool = True
+    ever_ready: int = 0
+    """The newest version of which a replica was ready."""
     controllers: int = 1
     user: str = ""
     numbered: bool = False
@@ -182,6 +184,14 @@ class SkyApiServer:
     def _control(self, service: FakeService) -> None:
         live = [r for r in service.replicas if r.status not in ENDED]
         newest = [r for r in live if r.version == service.version]
+        if any(r.status == "READY" for r in newest):
+            service.ever_ready = service.version
+        hopeless = any(
+            r.version == service.version and r.status in ("FAILED", "FAILED_INITIAL_DELAY")
+            for r in service.replicas
+        )
+        if hopeless and service.ever_ready < service.version:
+            return
         for _ in range(service.wanted - len(newest)):
             service.born += 1
             endpoint = self._endpoint(service.name, service.born)

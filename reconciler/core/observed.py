@@ -56,6 +56,9 @@ class ObservedWorkload:
     stalled: str = ""
     """Why it cannot become what it was told to be without a human; "" where it can."""
 
+    gave_up: bool = False
+    """What runs it has stopped trying to start replicas, and another try is due."""
+
     def count(self, phase: Phase) -> int:
         return sum(replica.phase is phase for replica in self.replicas)
 

@@ -129,6 +129,8 @@ def _one(workload: Workload, current: ObservedWorkload | None, foreign: bool) ->
     if current.replicas_wanted != workload.replicas:
         change = Change("replicas", current.replicas_wanted, workload.replicas)
         return Update(workload, "scale", f"replicas {change.before} -> {change.after}", (change,))
+    if current.gave_up:
+        return Update(workload, "roll", "its replicas failed before one was ready; tried again")
     return Noop(name, deployment, "as wanted")
 
 

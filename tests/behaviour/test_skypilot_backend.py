@@ -409,6 +409,46 @@ async def test_a_refusal_is_told_retried_and_superseded_at_once(lab: Lab) -> Non
     assert not await stalled()
 
 
+async def test_what_skyserve_gave_up_on_is_tried_again_and_ever_more_seldom(lab: Lab) -> None:
+    """It stops for good once a replica fails before one was ready, as when a hub was down for an hour."""
+    now_s = [0.0]
+    backend = await lab.backend(clock=lambda: now_s[0])
+    workload = sky_workload()
+    await backend.apply(Create(workload, ""))
+    await eventually(lambda: lab.server.services)
+
+    async def fail() -> None:
+        for replica in lab.server.services[workload.name].replicas:
+            replica.status = "FAILED_INITIAL_DELAY"
+        await looks(lab)
+
+    async def due() -> bool:
+        await looks(lab, 1)
+        made = plan(
+            Desired(workloads={workload.name: workload}),
+            [await backend.observe()],
+            PlanPolicy(),
+            0.0,
+        )
+        for action in made.effects:
+            await backend.apply(action)
+        return bool(made.effects)
+
+    for tries in range(3):
+        await fail()
+        assert not await due()
+        now_s[0] += PACE.again_after_s * 2**tries - 1
+        assert not await due()
+        now_s[0] += 2
+        await eventually(due)
+        await eventually(lambda n=tries: lab.server.count("/serve/update") == n + 1)
+        await looks(lab)
+        assert not await due(), "one try at a time"
+    assert lab.server.count("/serve/up") == 1
+    await ready(lab, backend, workload)
+    assert not await due()
+
+
 async def test_what_cannot_run_anywhere_is_refused_before_anything_starts(lab: Lab) -> None:
     lab.server.refuse["optimize"] = ("ResourcesUnavailableError", "no H100:16 anywhere")
     backend, workload = await lab.backend(), sky_workload()

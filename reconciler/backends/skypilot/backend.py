@@ -62,6 +62,8 @@ class Pace:
     """How long the first observation waits for the first answer."""
     retry_s: float = 15.0
     stuck_after_s: float = 900.0
+    again_after_s: float = 300.0
+    """After SkyServe gave up on a service; doubled by every try."""
 
 
 @dataclass(slots=True)
@@ -75,6 +77,8 @@ class _Told:
     again_at: float = 0.0
     trouble: str = ""
     stalled: bool = False
+    again: bool = False
+    """SkyServe gave up on the same."""
 
 
 class SkyPilotBackend:
@@ -181,10 +185,13 @@ class SkyPilotBackend:
         check(workload)
         # Fails here and now where a secret is missing.
         self._outbox.secrets(workload)
-        as_wanted = steps.next_step(workload, service, self._owner, 0.0) == steps.Settled()
-        if as_wanted and told is None and flight is None:
+        again = told is None and self._sight.retry_due(name, self._pace.again_after_s)
+        step = steps.next_step(workload, service, self._owner, 0.0, again=again)
+        if step == steps.Settled() and told is None and flight is None:
             return
-        self._told[name] = _Told(workload, lease, self._looks)
+        if again:
+            self._sight.tried_again(name)
+        self._told[name] = _Told(workload, lease, self._looks, again=again)
         self._changed()
 
     def _remove(self, name: str, deployment: str, service: Service | None, lease: int) -> None:
@@ -278,7 +285,7 @@ class SkyPilotBackend:
         else:
             log.info("%s: %s done", name, flight.verb)
             if told is not None:
-                told.failures, told.trouble, told.stalled = 0, "", False
+                told.failures, told.trouble, told.stalled, told.again = 0, "", False, False
         if told is not None:
             told.since = self._looks - 1
         await self._notes.landed(name)
@@ -318,7 +325,9 @@ class SkyPilotBackend:
                 continue
             if self._notes.flight(name) or told.since >= look or told.again_at > now:
                 continue
-            step = steps.next_step(told.goal, services.get(name), self._owner, now)
+            step = steps.next_step(
+                told.goal, services.get(name), self._owner, now, again=told.again
+            )
             match step:
                 case steps.Settled():
                     del self._told[name]
@@ -382,7 +391,9 @@ class SkyPilotBackend:
                 stuck=self._sight.stuck(service, self._pace.stuck_after_s) if service else "",
             )
             if (shown := observed(name, service, known)) is not None:
-                workloads[name] = shown
+                idle = told is None and note.flight is None and not shown.quarantined
+                due = idle and self._sight.retry_due(name, self._pace.again_after_s)
+                workloads[name] = replace(shown, gave_up=due)
         return Observation(self.name, workloads, foreign)
 
     def _changed(self) -> None:

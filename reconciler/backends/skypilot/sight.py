@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import inf
 from typing import Final
 
 from reconciler.backends.skypilot.api import Refusal, SkyPilotApi
@@ -16,9 +17,10 @@ from reconciler.backends.skypilot.notes import Notes
 from reconciler.backends.skypilot.rows import RowReader
 from reconciler.core.observed import Phase
 from reconciler.core.skypilot.service import Service
-from reconciler.core.skypilot.states import Stage, replica_state, service_state
+from reconciler.core.skypilot.states import Stage, gave_up, replica_state, service_state
 from reconciler.errors import BackendUnreachable
 
+RETRY_CAP_S: Final = 4 * 3600.0
 _AT_REST: Final = frozenset({Phase.READY, Phase.FAILED})
 
 
@@ -34,6 +36,8 @@ class Sight:
         self._clock = clock
         self._reader = RowReader()
         self._since: dict[str, tuple[str, float]] = {}
+        self._failing: dict[str, tuple[float, int]] = {}
+        """Since when SkyServe has given up on it, and how often it was tried again by then."""
         self.services: dict[str, Service] | None = None
         """As of the last look that succeeded."""
 
@@ -51,7 +55,28 @@ class Sight:
             before = self._since.get(name)
             since[name] = before if before and before[0] == shows else (shows, now)
         self._since = since
+        self._watch_failing(now)
         return services
+
+    def retry_due(self, name: str, base_s: float) -> bool:
+        """SkyServe gave up on it, and that is long enough ago: longer after every try."""
+        since, tries = self._failing.get(name, (inf, 0))
+        return self._clock() - since >= min(base_s * 2.0 ** min(tries, 20), RETRY_CAP_S)
+
+    def tried_again(self, name: str) -> None:
+        _, tries = self._failing.get(name, (inf, 0))
+        self._failing[name] = (inf, tries + 1)
+
+    def _watch_failing(self, now: float) -> None:
+        failing = {}
+        for name, service in self.ours.items():
+            since, tries = self._failing.get(name, (inf, 0))
+            newest = {r.status for r in service.replicas if r.version == service.version}
+            if gave_up(service):
+                failing[name] = (min(since, now), tries)
+            elif tries and "READY" not in newest:
+                failing[name] = (inf, tries)
+        self._failing = failing
 
     def is_ours(self, service: Service) -> bool:
         return service.marks is not None and service.marks.owner == self._owner

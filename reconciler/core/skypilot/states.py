@@ -85,6 +85,8 @@ REPLICA_STATES: Final[Mapping[str, ReplicaState]] = {
     "UNKNOWN": ReplicaState(Phase.NOT_READY, "SkyPilot does not know its state"),
 }
 
+_NOT_TRIED_AGAIN: Final = frozenset({"FAILED", "FAILED_INITIAL_DELAY"})
+
 
 def service_state(status: str, name: str) -> ServiceState:
     """A status that this version does not know leaves the service alone."""
@@ -135,6 +137,19 @@ def observed_replicas(
     if ended and ready < wanted:
         shown.append(max(ended, key=lambda pair: pair[0])[1])
     return tuple(shown)
+
+
+def gave_up(service: Service) -> bool:
+    """Whether SkyServe may have stopped trying: it does so for good once a replica of the newest version
+    fails before any of it was ready.
+    """
+    newest = [r for r in service.replicas if r.version == service.version]
+    wanted = service.marks.replicas if service.marks else 0
+    return (
+        wanted > 0
+        and any(r.status in _NOT_TRIED_AGAIN for r in newest)
+        and all(replica_state(r.status).ended for r in newest)
+    )
 
 
 def observed_service(

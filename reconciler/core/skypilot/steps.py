@@ -69,8 +69,15 @@ Step = Up | Update | Down | Wait | Settled | Refused
 NOT_OURS: Final = "exists in SkyPilot under another owner; it is never touched"
 
 
-def next_step(told: Workload | Removal, service: Service | None, owner: str, now: float) -> Step:
-    """`now` is on the clock of `Removal.until`."""
+def next_step(
+    told: Workload | Removal,
+    service: Service | None,
+    owner: str,
+    now: float,
+    *,
+    again: bool = False,
+) -> Step:
+    """`now` is on the clock of `Removal.until`. `again`: the same once more, because SkyServe gave up."""
     if service is None:
         return Settled() if isinstance(told, Removal) else Up()
     if service.marks is None:
@@ -89,7 +96,7 @@ def next_step(told: Workload | Removal, service: Service | None, owner: str, now
         # A service whose controller never came up is taken down like any other.
         return _remove(told, service, now)
     same_spec = service.marks.spec_digest == told.spec_digest
-    if same_spec and service.marks.replicas == told.replicas:
+    if same_spec and service.marks.replicas == told.replicas and not again:
         return Settled()
     if state.stage is Stage.BUSY:
         return Wait(state.detail)

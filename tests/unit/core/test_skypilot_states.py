@@ -6,7 +6,7 @@ import pytest
 
 from reconciler.core.observed import Phase
 from reconciler.core.skypilot.service import Marks, Service, ServiceReplica
-from reconciler.core.skypilot.states import Stage, observed_service, service_state
+from reconciler.core.skypilot.states import Stage, gave_up, observed_service, service_state
 
 MINE = Marks("me", "chat", "two", replicas=2)
 DIGESTS = {1: "one", 2: "two"}
@@ -100,6 +100,16 @@ def test_replicas_carry_the_spec_of_their_version() -> None:
     old, new, lost = replica("READY", 1, 1), replica("READY", 2, 2), replica("READY", 3, 7)
     seen = observed_service(service(old, new, lost), DIGESTS, {})
     assert [r.spec_digest for r in seen.replicas] == ["one", "two", "version-7"]
+
+
+def test_when_skyserve_tries_no_more() -> None:
+    failed, old = replica("FAILED_INITIAL_DELAY"), replica("READY", 9, version=1)
+    assert gave_up(service(failed))
+    assert gave_up(service(failed, old)), "the spec before still serves"
+    assert not gave_up(service(failed, replica("PENDING", 2))), "it replaces it"
+    assert not gave_up(service(replica("FAILED_PROVISION")))
+    assert not gave_up(service(replica("FAILED", version=1)))
+    assert not gave_up(service())
 
 
 def test_what_skypilot_says_of_a_start_is_passed_on() -> None:
