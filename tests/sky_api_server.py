@@ -22,7 +22,7 @@ from typing import Any
 from aiohttp import web
 from ruamel.yaml import YAML
 
-READING = ("status", "optimize", "clusters", "list_accelerators")
+READING = ("status", "optimize", "clusters", "list_accelerators", "v2")
 STARTING = ("PENDING", "PROVISIONING", "STARTING", "READY")
 ENDED = (
     "SHUTTING_DOWN",
@@ -147,6 +147,8 @@ class SkyApiServer:
         self.swallow_answers: bool = False
         """POSTs are taken on, and their answers lost."""
         self.api_version = "62"
+        self.jobs: list[dict[str, Any]] = []
+        """Rows of managed jobs, as the queue shows them."""
         self.instance_types: list[list[Any]] = []
         """As SkyPilot's InstanceTypeInfo: cloud, type, GPU, GPUs, ..., price, spot price, region."""
         self._endpoint = endpoint or (lambda name, replica: f"http://10.0.0.{replica}:8000")
@@ -276,6 +278,22 @@ class SkyApiServer:
     def _optimize(self, body: dict[str, Any], user: str) -> None:
         assert YAML(typ="safe").load(body["dag"])["resources"]
 
+    def _launch(self, body: dict[str, Any], user: str) -> Any:
+        self.jobs.append(
+            {"job_id": len(self.jobs) + 1, "job_name": body["name"], "status": "PENDING"}
+        )
+        return [len(self.jobs), None]
+
+    def _queue(self, body: dict[str, Any], user: str) -> Any:
+        if not self.jobs:
+            raise _Failed("ClusterNotUpError", "No in-progress managed jobs.")
+        return {"jobs": self.jobs, "total": len(self.jobs)}
+
+    def _cancel_jobs(self, body: dict[str, Any], user: str) -> None:
+        for job in self.jobs:
+            if job["job_id"] in body["job_ids"]:
+                job["status"] = "CANCELLING"
+
     def _list_accelerators(self, body: dict[str, Any], user: str) -> Any:
         found: dict[str, list[Any]] = {}
         for row in self.instance_types:
@@ -317,6 +335,9 @@ class SkyApiServer:
             "down": self._down,
             "status": self._status,
             "list_accelerators": self._list_accelerators,
+            "launch": self._launch,
+            "v2": self._queue,
+            "cancel": self._cancel_jobs,
         }
         try:
             if refused is None:
@@ -376,6 +397,9 @@ class SkyApiServer:
             "/optimize",
             "/status",
             "/list_accelerators",
+            "/jobs/launch",
+            "/jobs/queue/v2",
+            "/jobs/cancel",
         ):
             app.router.add_post(path, self._post)
         app.router.add_get("/api/get", self._get)

@@ -18,7 +18,7 @@ from reconciler.core.plan import PlanPolicy, plan, predict, template_data
 from reconciler.errors import SourceInvalid
 from reconciler.loop.state import StateFile
 
-BACKENDS = ("external", "local", "skypilot")
+BACKENDS = ("external", "local", "skypilot", "skypilot-jobs")
 
 
 @dataclass(frozen=True, slots=True)

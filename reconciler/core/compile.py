@@ -147,7 +147,7 @@ def compile_workloads(
             deployment=deployment.metadata.name,
             function=spec.function,
             cluster=place,
-            backend=backend_of(cluster),
+            backend=_backend(function, cluster),
             provider=cluster.spec.provider,
             template=made[0],
             spec_digest=made[1],
@@ -175,6 +175,11 @@ def compile_workloads(
         },
         deployments_before=effective.deployments_before,
     )
+
+
+def _backend(function: Function, cluster: Cluster) -> BackendName:
+    where = backend_of(cluster)
+    return "skypilot-jobs" if where == "skypilot" and function.spec.job is not None else where
 
 
 def _is_placed(deployment: Deployment, places: Mapping[str, str]) -> bool:

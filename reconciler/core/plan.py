@@ -24,7 +24,8 @@ CONFIRMATION: Final = re.compile(
 )
 
 _HOW_TO: Final = {
-    "skypilot": "; set SKYPILOT_API_SERVER_ENDPOINT to the URL of a SkyPilot API server"
+    "skypilot": "; set SKYPILOT_API_SERVER_ENDPOINT to the URL of a SkyPilot API server",
+    "skypilot-jobs": "; set SKYPILOT_API_SERVER_ENDPOINT to the URL of a SkyPilot API server",
 }
 
 

@@ -270,7 +270,7 @@ def _job(
     match run.phase if run else None:
         case Phase.SUCCEEDED:
             return [_condition("Ready", True, "Succeeded", "it ran to its end")], told
-        case Phase.FAILED if run is not None and run.restarts >= job.retries:
+        case Phase.FAILED if run is not None:
             why = run.detail or "no detail"
             return [
                 _condition("Ready", False, "Failed", why),
@@ -278,8 +278,7 @@ def _job(
             ], told
         case _:
             detail = failure or (run.detail if run else "")
-            doing = {Phase.RUNNING: "it runs", Phase.FAILED: f"to be tried again: {detail}"}
-            text = doing.get(run.phase, detail) if run else failure
+            text = "it runs" if run and run.phase is Phase.RUNNING else detail
             return [
                 _condition("Ready", False, "Running", text or "it waits to be started"),
                 _condition("Reconciling", True, "Running", text or "it waits to be started"),

@@ -28,7 +28,7 @@ def workload_name(deployment: str, cluster: str) -> str:
     return f"{re.sub('-+', '-', deployment)[: MAX_NAME - 13].rstrip('-')}-{mark}"
 
 
-BackendName = Literal["local", "external", "skypilot"]
+BackendName = Literal["local", "external", "skypilot", "skypilot-jobs"]
 
 
 @dataclass(frozen=True, slots=True)

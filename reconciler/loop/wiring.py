@@ -21,7 +21,7 @@ from typing import Any
 from reconciler.backends.base import Backend
 from reconciler.backends.external import ExternalBackend
 from reconciler.backends.local import LocalBackend
-from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend, SkyPilotPrices
+from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend, SkyPilotJobs, SkyPilotPrices
 from reconciler.core.signals import Signals
 from reconciler.core.status import World
 from reconciler.errors import Fenced, Stalled, Transient
@@ -177,6 +177,13 @@ class Assembly:
                     leading=lambda: _generation(leadership),
                 )
                 backends[skypilot.name] = skypilot
+                jobs = SkyPilotJobs(
+                    skypilot.api,
+                    settings.state_dir,
+                    settings.owner,
+                    leading=lambda: _generation(leadership),
+                )
+                backends[jobs.name] = jobs
             loop = self._loop = Reconciler(
                 config=GitConfig(source),
                 backends=backends,

@@ -306,12 +306,15 @@ def _observed(held: _Held) -> ObservedWorkload:
         replicas = (ObservedReplica(workload.name, phase, workload.spec_digest, None, detail),)
     elif run is not None:
         phases = {"running": Phase.RUNNING, "succeeded": Phase.SUCCEEDED, "failed": Phase.FAILED}
+        job, phase, detail = workload.template.job, phases[run.state], run.detail
+        if run.state == "failed" and job is not None and run.attempt <= job.retries:
+            phase, detail = Phase.PENDING, f"to be tried again: {detail}"
         replicas = (
             ObservedReplica(
                 id=f"{workload.name}-{run.digest[:8]}-{run.attempt}",
-                phase=phases[run.state],
+                phase=phase,
                 spec_digest=run.digest,
-                detail=run.detail,
+                detail=detail,
                 restarts=run.attempt - 1,
             ),
         )

@@ -16,6 +16,14 @@ from __future__ import annotations
 
 from reconciler.backends.skypilot.api import ApiSettings, SkyPilotApi, api_settings
 from reconciler.backends.skypilot.backend import SkyPilotBackend
+from reconciler.backends.skypilot.jobs import SkyPilotJobs
 from reconciler.backends.skypilot.prices import SkyPilotPrices
 
-__all__ = ["ApiSettings", "SkyPilotApi", "SkyPilotBackend", "SkyPilotPrices", "api_settings"]
+__all__ = [
+    "ApiSettings",
+    "SkyPilotApi",
+    "SkyPilotBackend",
+    "SkyPilotJobs",
+    "SkyPilotPrices",
+    "api_settings",
+]

@@ -25,11 +25,6 @@ _GB: Final = 1024**3
 
 def check(workload: Workload) -> None:
     """Raises Stalled where it can never run as written; says what to do instead."""
-    if workload.template.job is not None:
-        raise Stalled(
-            f"{workload.function} is a job, and jobs run on clusters of provider local in this "
-            "version; place it there"
-        )
     service_task(workload, "")
 
 
