@@ -72,9 +72,12 @@ class Gate:
             except Died:
                 state.failed += 1
                 raise
-            except (asyncio.CancelledError, ConnectionError):  # the client has left
+            except asyncio.CancelledError:  # the client has left
                 state.aborted += 1
                 raise
+            except ConnectionError:  # the same, met while writing
+                state.aborted += 1
+                raise asyncio.CancelledError from None
             except Exception:
                 state.failed += 1
                 raise
