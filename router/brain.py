@@ -7,7 +7,7 @@ which replicas may be candidates (core.pick, core.health), or how other routers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter, time
 from typing import Any, Final
 
@@ -83,6 +83,25 @@ class Sent:
             self._brain.states.load.finish(self._ticket, self._brain.now())
             if self._brain.sharing is not None:
                 self._brain.sharing.changed(self._choice.slot)
+
+
+class _Everywhere(Mapping[str, int]):
+    """Requests on each replica: this router's, and those that others tell of."""
+
+    def __init__(self, own: Mapping[str, int], brain: Brain) -> None:
+        self._own = own
+        self._brain = brain
+
+    def __getitem__(self, replica: str) -> int:
+        slot = self._brain.slots.get(replica)
+        others = self._brain.states.load.others(slot)[0] if slot is not None else 0
+        return self._own.get(replica, 0) + others
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._brain.slots)
+
+    def __len__(self) -> int:
+        return len(self._brain.slots)
 
 
 class Brain:
@@ -258,6 +277,20 @@ class Brain:
             room.restarted(slot)
             index.clear(slot)
             index.insert(slot, prompt.blocks)  # which it has now
+
+    def count(self, candidate: Candidate, function: Function, size_bytes: int) -> Sent | None:
+        """How to count a request whose policy weighs no caches; None where nobody else would hear of it."""
+        slot = self._slots.get(candidate.id)
+        if self.sharing is None or slot is None:
+            return None
+        choice = Choice(0, slot, 0, 0.0, ())
+        return Sent(self, self._speeds[function.name], choice, uncached_prompt(size_bytes))
+
+    def requests(self, own: Mapping[str, int]) -> Mapping[str, int]:
+        """Requests on each replica by id, of all routers. `own`: of this one."""
+        if self.sharing is None or self.sharing.alone:
+            return own
+        return _Everywhere(own, self)
 
     def share(self, router_id: str) -> Sharing:
         """What is done from now on is told to other routers, and theirs is counted: `run` it."""

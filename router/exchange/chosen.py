@@ -23,9 +23,8 @@ class Chosen(Admitted, eq=False):
     """A replica for an attempt."""
 
     def _choose(self) -> tuple[Candidate, Sent | None] | None:
-        """A replica for one attempt, and how to count it where the policy weighs what it holds."""
-        state, function = self._state, self._function
-        load = state.in_flight.by_replica
+        """A replica for one attempt, and how to count it where caches are weighed or others hear of it."""
+        state, function, brain = self._state, self._function, self._proxy.brain
         pool = self._candidates
         ejected: Collection[str] = ()
         forced = self._headers.replica is not None
@@ -44,16 +43,17 @@ class Chosen(Admitted, eq=False):
                 session, pinned = conversation.session, conversation.pinned()
         if not pool:
             return None
-        found: tuple[Candidate, Sent | None] | None
+        found: tuple[Candidate, Sent | None]
         if self._prompt is not None:
-            found = self._proxy.brain.choose(pool, function, self._prompt, state.chance, pinned)
+            found = brain.choose(pool, function, self._prompt, state.chance, pinned)
         else:
             turn, name = self._counts.turn, function.policy.name
+            load = brain.requests(state.in_flight.by_replica)
             picked = pick(pool, name, load, turn, state.chance, session=session, pinned=pinned)
-            found = None if picked is None else (picked, None)
+            if picked is None:
+                return None
+            found = picked, brain.count(picked, function, len(self._body))
         decisions = self._proxy.decisions
-        if found is None:
-            return None
         if decisions.wanted < 1:
             decisions.skipped += 1
         else:
@@ -84,8 +84,9 @@ class Chosen(Admitted, eq=False):
             function, self._endpoint, self._parsed, len(self._body), self._salt
         )
         fleet = proxy.brain.fleet(pool, function)
-        if sent is None:  # nothing is counted then but requests
-            fleet.requests = tuple(in_flight.get(c.id, 0) for c in pool)
+        if self._prompt is None:  # nothing is weighed then but requests
+            load = proxy.brain.requests(in_flight)
+            fleet.requests = tuple(load.get(c.id, 0) for c in pool)
         return Seen(
             id=record.decision,
             at=time.time(),

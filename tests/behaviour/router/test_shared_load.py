@@ -9,6 +9,7 @@ from pathlib import Path
 
 import aiohttp
 import msgspec
+import pytest
 
 from router.settings import Settings
 from router.workers import Workers
@@ -49,14 +50,15 @@ def slow(gate: asyncio.Event) -> FakeEngine:
     return answer  # type: ignore[return-value]
 
 
-async def test_two_routers_keep_out_of_each_others_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", ["expected-latency", "linear", "least-load"])
+async def test_two_routers_keep_out_of_each_others_way(tmp_path: Path, policy: str) -> None:
     """Neither sends to the engine that the other has just filled; nothing of it remains."""
     gate = asyncio.Event()
     peers = tmp_path / "p"
     peers.mkdir()
     async with AsyncExitStack() as stack:
-        engines = [await stack.enter_async_context(fake_engine(slow(gate))) for _ in range(4)]
-        table = routing_table(function(*(e.url for e in engines), policy=Policy()))
+        engines = [await stack.enter_async_context(fake_engine(slow(gate))) for _ in range(8)]
+        table = routing_table(function(*(e.url for e in engines), policy=Policy(name=policy)))
         routers = []
         for name in ("a", "b"):
             folder = tmp_path / name
@@ -72,10 +74,12 @@ async def test_two_routers_keep_out_of_each_others_way(tmp_path: Path) -> None:
             asked.append(asyncio.create_task(ask(session, one.url, f"{turn} {'x' * 9000}")))
             await eventually(lambda n=turn + 1: sum(a.states.load.requests) == n)
             await eventually(lambda n=turn + 1: sum(b.states.load.requests) == n)
-        assert [len(e.received) for e in engines] == [2, 2, 2, 2]
+        await eventually(lambda: sum(len(e.received) for e in engines) == 8)
+        # Each by itself would have met the other's somewhere: 69 times of 70.
+        assert [len(e.received) for e in engines] == [1] * 8
         gate.set()
         await asyncio.gather(*asked)
-        await eventually(lambda: a.states.load.requests == b.states.load.requests == [0] * 4)
+        await eventually(lambda: a.states.load.requests == b.states.load.requests == [0] * 8)
         assert max(a.states.load.floor_s + b.states.load.floor_s) == 0
 
 
@@ -122,3 +126,43 @@ async def test_workers_of_one_machine_share_without_redis(tmp_path: Path) -> Non
         finally:
             await workers.close()
         assert not folder.exists()
+
+
+class LearningEngine:
+    """Says what it had of each prompt: as much as `cached` says."""
+
+    def __init__(self) -> None:
+        self.cached = 0
+
+    async def __call__(self, received: Received, writer: asyncio.StreamWriter) -> None:
+        usage = {
+            "prompt_tokens": len(received.body) // 4,
+            "completion_tokens": 1,
+            "total_tokens": len(received.body) // 4 + 1,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+        await http(msgspec.json.encode({"id": "c", "choices": [], "usage": usage}))(
+            received, writer
+        )
+
+
+async def test_what_engines_had_of_prompts_is_learned(tmp_path: Path) -> None:
+    engine = LearningEngine()
+    async with AsyncExitStack() as stack:
+        real = await stack.enter_async_context(fake_engine(engine))
+        table = routing_table(function(real.url, policy=Policy()))
+        running = await stack.enter_async_context(running_router(table, tmp_path))
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        brain = running.router.brain
+        other = "Something else altogether. " * 400
+        for text, cached in ((other, 0), (SHARED, 0), (SHARED, 2800)):
+            engine.cached = cached
+            await ask(session, running.url, text)
+        assert brain.states.trust.share_come_true(0) == 1
+        held = brain.states.index.held(0)
+        engine.cached = 0
+        for _ in range(3):
+            assert brain.states.index.held(0) == held
+            await ask(session, running.url, SHARED)
+        # Three times in a row it had nothing at all: it is another, and knows this prompt alone.
+        assert 0 < brain.states.index.held(0) < held

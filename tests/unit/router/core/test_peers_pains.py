@@ -233,7 +233,6 @@ def test_11_an_engine_that_nobody_reports_is_found_out_by_its_answers():
         fleet.end(fleet.send(prompt, by=lambda _: 3)[1])
     empty = [states.trust.learn(3, prompt.tokens - 64, 0) for prompt in prompts]
     assert empty == [False, False, True]
-    assert states.trust.factors[3] < 1
 
 
 @pytest.mark.parametrize("share", [True, False])

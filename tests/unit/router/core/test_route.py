@@ -197,7 +197,7 @@ def test_work_is_counted_as_much_as_comes_true():
     router.send(prompt)
     whole = router.choose(prompt)
     for _ in range(50):
-        router.states.trust.learn(0, 16_000, 0)
+        router.states.trust.learn(0, 16_000, 1)
     doubted = router.choose(prompt)
     assert doubted.hit_blocks == whole.hit_blocks  # what is thought, by which the engine is judged
     assert doubted.hit_tokens < 0.2 * whole.hit_tokens
