@@ -97,10 +97,14 @@ def detoserve(
         given.write(stdin)
         given.seek(0)
         server, _ = _fork_server()
-        server.settimeout(30)
+        server.settimeout(100)
         request = json.dumps([argv, str(cwd or Path.cwd())]).encode()
         socket.send_fds(server, [request], [f.fileno() for f in (given, out, err)])
-        code = int(server.recv(16))
+        try:
+            code = int(server.recv(16))
+        except TimeoutError:
+            _fork_server.cache_clear()  # its late answer must not be taken for the next one's
+            raise
         out.seek(0)
         err.seek(0)
         return subprocess.CompletedProcess(argv, code, out.read(), err.read())

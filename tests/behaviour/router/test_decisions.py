@@ -67,7 +67,7 @@ class Running:
         async def told() -> str:
             return await self.detoserve("explain", header, "--json")
 
-        out: list[dict[str, Any]] = json.loads(await eventually(told))
+        out: list[dict[str, Any]] = json.loads(await eventually(told, timeout_s=60))
         return out
 
 
