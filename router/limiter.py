@@ -53,6 +53,7 @@ _log: Final = logging.getLogger(__name__)
 _SCRIPT: Final = (Path(__file__).parent / "shared_limits.lua").read_bytes()
 _SHA1: Final = hashlib.sha1(_SCRIPT).hexdigest()  # noqa: S324 - how Redis names scripts
 _TICK_S: Final = 0.25
+_FORGET_S: Final = 600.0
 _FLIGHT_S: Final = 1.0
 """After which a connection that does not answer is given up; nobody waits so long."""
 _ASK_AGAIN_S: Final = 0.003
@@ -232,6 +233,8 @@ class Limiter:
         self._flying: list[_Waiter] = []
         self._waiting: list[_Waiter] = []
         self._later: list[_Waiter] = []
+        self._retry_at = 0.0
+        self._hearing: asyncio.Task[None] | None = None
         self._flight: asyncio.Task[None] | None = None
         self._again = False
         self._alarm: asyncio.TimerHandle | None = None
@@ -244,20 +247,6 @@ class Limiter:
         table = snapshot.table
         self._plans.clear()
         self.enabled = limited(table)
-        if self.enabled or self.book.shares:
-            keep = {
-                limit.key
-                for tenant in table.tenants
-                for key in tenant.keys
-                for limit in limits_of(tenant, key, Function(name="", served_name=""), self._month)
-            } | {
-                f"{redis_keys.LIMIT}function:{function.name}:{unit}"
-                for function in table.functions
-                for unit in ("requests", "tokens", "concurrent")
-            }
-            # What was spent this month is this process's to remember, also for a budget taken away.
-            keep |= {key for key in self.book.shares if f":{self._month}:" in key}
-            self.book.forget(keep)
         if self.enabled:
             self._wanted.set()
 
@@ -355,7 +344,7 @@ class Limiter:
         self._fly()
 
     def _fly(self) -> None:
-        if self._redis is None:
+        if self._redis is None or self._now() < self._retry_at:
             return
         if self._flight is None:
             self._flight = self._loop.create_task(self._converse(self._redis))
@@ -391,6 +380,7 @@ class Limiter:
             verdicts = self.book.answered(message, data, self._now())
         except (RedisError, OSError, TimeoutError, msgspec.DecodeError) as error:
             self.book.unanswered(message)
+            self._retry_at = self._now() + _TICK_S
             self._lose(f"{type(error).__name__}: {error}")
             for waiter in (*flying, *self._waiting, *self._later):
                 self._alone(waiter)
@@ -400,6 +390,10 @@ class Limiter:
         if self._lost:
             self._lost = False
             _log.info("limits are shared again")
+            # What was cut off unnoticed would hear nothing for ever.
+            if self._hearing is not None:
+                self._hearing.cancel()
+                self._hearing = self._loop.create_task(self._hear(redis))
         for waiter, (verdict, failing) in zip(flying, verdicts, strict=True):
             self._tell(waiter, verdict, failing)
         return True
@@ -480,7 +474,9 @@ class Limiter:
     async def run(self) -> None:
         """Keeps the shared counters told, until cancelled. Idle while nothing is limited."""
         await self._wanted.wait()
-        hearing = self._loop.create_task(self._hear()) if self._redis is not None else None
+        forget_at = self._now() + _FORGET_S
+        if self._redis is not None:
+            self._hearing = self._loop.create_task(self._hear(self._redis))
         try:
             while True:
                 await asyncio.sleep(_TICK_S)
@@ -489,12 +485,23 @@ class Limiter:
                 if month != self._month:
                     self._month = month
                     self._plans.clear()
+                if now >= forget_at:
+                    forget_at = now + _FORGET_S
+                    self._forget()
                 if self.book.look(now) or self.book.away or self.book.is_renewal_due(now):
                     self._fly()
         finally:
-            if hearing is not None:
-                hearing.cancel()
-                await asyncio.wait([hearing])
+            if self._hearing is not None:
+                self._hearing.cancel()
+                await asyncio.wait([self._hearing])
+                self._hearing = None
+
+    def _forget(self) -> None:
+        """Drops shares that no request stands under any more."""
+        keep = {s.limit.key for plan in self._plans.values() for s, _ in plan.wants}
+        # What was spent this month is this process's to remember, also for a budget taken away.
+        keep |= {key for key in self.book.shares if f":{self._month}:" in key}
+        self.book.forget(keep)
 
     async def close(self) -> None:
         """Gives back what is leased, if Redis can be told. Whoever waits is decided for."""
@@ -510,13 +517,12 @@ class Limiter:
         for waiter in (*self._waiting, *self._later):
             self._alone(waiter)
 
-    async def _hear(self) -> None:
+    async def _hear(self, redis: Redis) -> None:
         """Gives back at once what another router needs."""
-        assert self._redis is not None
         wait_s = 0.1
         while True:
             try:
-                async with self._redis.pubsub() as channel:
+                async with redis.pubsub() as channel:
                     await channel.subscribe(redis_keys.LIMIT_RECALL)
                     # Whatever was said while nobody listened.
                     self.book.look(self._now())

@@ -327,9 +327,10 @@ class Book:
     def forget(self, keep: Iterable[str]) -> None:
         """Shares that no plan names any more, once nothing runs under them."""
         kept = set(keep)
-        for key in [k for k, s in self.shares.items() if k not in kept]:
+        for key in [k for k in self.shares if k not in kept]:
             share = self.shares[key]
-            if not share.pool and not share.corrections and (share.is_rate or not share.used):
+            held = share.window if share.is_rate else share.used
+            if not share.pool and not share.dirty and not held:
                 del self.shares[key]
 
     # Ends of requests
@@ -608,7 +609,7 @@ class Book:
                 if share.apart_since is None:
                     share.apart_since = int(now)
                 share.log(now)
-            share.dirty = True
+            self.news[id(share)] = share
         return None
 
     def _room_s(self, share: Share, amount: int, part: int, now: float) -> float | None:

@@ -21,7 +21,7 @@ from router.core.snapshot import snapshot
 from router.limiter import Admission, Limiter
 from schemas.wire import redis_keys
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant
-from tests.support import eventually
+from tests.support import eventually, free_port
 
 KEY = Key(id="k", sha256=bytes(32))
 GENEROUS_S = 20.0
@@ -231,6 +231,13 @@ async def test_a_hanging_redis_delays_nobody_for_long_and_opens_nothing(valkey, 
         await eventually(lambda: not any(router.book.away for router in routers), timeout_s=20)
         admitted, _ = await storm(routers, who, function(), 30)
         assert admitted == []
+        async with Redis.from_url(valkey.url) as redis:
+
+            async def all_hear() -> bool:
+                ((_, count),) = await redis.pubsub_numsub(redis_keys.LIMIT_RECALL)
+                return count == len(routers)
+
+            await eventually(all_hear)
 
 
 async def test_a_redis_that_lost_everything_lets_nobody_in_twice(valkey):
@@ -330,3 +337,21 @@ async def test_a_router_that_has_no_requests_counts_among_those_that_share(valke
             return all(now[name] > at for name, at in before.items())
 
         await eventually(all_heard_again, timeout_s=20)
+
+
+async def test_a_redis_that_refuses_is_not_asked_with_every_request(valkey):
+    who = rate(concurrent=1000)
+    nowhere = f"redis://127.0.0.1:{free_port()}"
+    limiter = Limiter(Redis.from_url(nowhere, retry=Retry(NoBackoff(), 0)), name="r")
+    limiter.installed(snapshot(tables(who, function())))
+    loop = asyncio.get_running_loop()
+    began, count = loop.time(), 0
+    while loop.time() - began < 0.6:
+        admission = await limiter.admit(who, function(), 1, 1)
+        assert isinstance(admission, Admission)
+        admission.settle(1, 1)
+        count += 1
+        await asyncio.sleep(0)
+    assert count > 20
+    assert limiter.round_trips <= 1 + 0.6 / 0.25 + 1
+    await limiter.close()

@@ -445,3 +445,24 @@ def test_after_a_long_outage_only_the_last_minute_counts(valkey):
         made.say(0, [])
         within = WINDOW_S // 3 + 1
         assert abs((share.limit.limit - share.free) - taken * within) <= 2 * taken
+
+
+def test_shares_that_nobody_needs_are_forgotten_once_nothing_hangs_on_them(valkey):
+    made = world(valkey, *limits(30, 10**6, 5, 1000))
+    assert made.request(0, (1, 10, 5)) == "granted"
+    book = made.books[0]
+    book.leave()
+    made.say(0, [])
+    book.forget([])
+    assert {key.partition(":")[2] for key in book.shares} == {
+        "requests",
+        "tokens",
+        "concurrent",
+        "usd",
+    }
+    made.end(0, (100, 100))
+    made.now_s += WINDOW_S + 2
+    book.leave()
+    made.say(0, [])
+    book.forget(["l:usd"])
+    assert list(book.shares) == ["l:usd"]
