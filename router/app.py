@@ -53,6 +53,7 @@ from router.static_table import StaticTable
 from router.table import RedisTable
 from router.trace_settings import start_tracing
 from router.usage_journal import Journal
+from router.usage_metrics import UsageMetrics
 from router.usage_stream import UsageStream
 from schemas.wire.envelope import public_key_from_hex
 from schemas.wire.events import EngineReport
@@ -175,6 +176,8 @@ class Router:
         tracing = start_tracing(settings, os.environ, version=_version())
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
+        tokens = UsageMetrics(self._usage)
+        self.metrics.registry.register(tokens)
         self.proxy = Proxy(
             self.state,
             settings,
@@ -186,7 +189,7 @@ class Router:
             sessions=sessions,
             shadows=shadows,
             decisions=self._decisions,
-            meter=Meter(self._journal),
+            meter=Meter(self._journal, tokens.used),
             salt_key=derived(secret, "cache salts"),
         )
         self._stack.callback(self.proxy.queues.close)

@@ -39,6 +39,7 @@ class Metered:
     """One request. Exactly one `finish` ends it, whatever becomes of it."""
 
     __slots__ = (
+        "_heard",
         "_journal",
         "_note",
         "_opened",
@@ -57,7 +58,9 @@ class Metered:
         task: str,
         plan: Metering,
         request_bytes: int,
+        heard: Callable[[str, Usage], None],
     ) -> None:
+        self._heard = heard
         self._journal = journal
         self._opened = opened
         self._task = task
@@ -123,6 +126,7 @@ class Metered:
     ) -> Usage:
         """Ends it and leaves its record; `ended_at` is Unix seconds. What it used."""
         used = self.used()
+        self._heard(self._opened.function, used)
         if self._journal is not None and self._slot >= 0:
             self._journal.finish(
                 self._slot,
@@ -144,10 +148,18 @@ class Meter:
 
     Args:
         journal: where records are kept; None: nobody wants them, and engines are asked for nothing.
+        heard: is told of every request's function and usage.
     """
 
-    def __init__(self, journal: Journal | None, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        journal: Journal | None,
+        heard: Callable[[str, Usage], None],
+        *,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._journal = journal
+        self._heard = heard
         self._now = now
 
     @property
@@ -181,4 +193,4 @@ class Meter:
             self._now() - age_s,
             function.price,
         )
-        return Metered(self._journal, opened, task, plan, request_bytes)
+        return Metered(self._journal, opened, task, plan, request_bytes, self._heard)

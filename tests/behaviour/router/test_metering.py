@@ -145,6 +145,14 @@ async def test_answers_in_one_piece_and_embeddings_are_counted(tmp_path):
         assert (await ask(router, body() | {"model": "none"}))[0] == 404
         assert (await ask(router, body(max_tokens=1)))[0] == 200
         assert [r.output_tokens for r in await records(redis, 4)][3:] == [1]
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{router.admin_url}/metrics") as response,
+        ):
+            page = await response.text()
+        total = sum(r.output_tokens for r in await records(redis, 4))
+        assert f'detoserve_router_tokens_total{{function="sim",type="output"}} {total}.0' in page
+        assert "detoserve_router_usage_kept 4.0" in page
 
 
 @pytest.mark.parametrize("choices", [1, 3])
