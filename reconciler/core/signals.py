@@ -8,9 +8,8 @@ each message is given, in seconds on any clock that does not go back. Not here: 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final, NamedTuple
 
 from schemas.wire.signals import ArmSignals, RouterSignals, ttft_bound_s
@@ -24,10 +23,13 @@ KEPT_S: Final = 120.0
 class ArmKey(NamedTuple):
     """One template of one deployment in one cluster; `deployment` as routers know it."""
 
-    function: str
     deployment: str
     cluster: str
     spec_digest: str
+
+
+Place = tuple[str, str]
+"""(deployment, cluster)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,28 +103,52 @@ class _Router:
     waiting: dict[str, int] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class _Now:
+    """What is carried at one place at this moment."""
+
+    in_flight: int = 0
+    queued: dict[str, int] = field(default_factory=dict)
+    """By template: the same engines, as each router repeats it."""
+    kv_usage: float | None = None
+
+
+_NOTHING: Final = _Now()
+_Counted = dict[Place, Mapping[str, Totals]]
+"""Place -> template -> totals. The inner ones are replaced, never changed, so that copies are cheap."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    at: float
+    counted: _Counted
+    in_flight: Mapping[Place, int]
+
+
 class Signals:
-    """Takes messages in, and answers questions about them."""
+    """Takes messages in, and answers questions about them; each answer costs the same however many arms."""
 
     def __init__(self) -> None:
         self._routers: dict[str, _Router] = {}
-        self._totals: dict[ArmKey, Totals] = {}
-        self._past: deque[tuple[float, dict[ArmKey, Totals], dict[ArmKey, int]]] = deque()
+        self._counted: _Counted = {}
+        self._past: deque[_Past] = deque()
+        self._now: tuple[float, dict[Place, _Now]] | None = None
 
     def take(self, message: RouterSignals, now: float) -> None:
         """One message, as it came."""
         router = self._routers.setdefault(message.router, _Router(now))
-        router.at = now
+        router.at, self._now = now, None
         for arm in message.arms:
-            key = ArmKey(arm.function, arm.deployment, arm.cluster, arm.spec_digest)
+            key = ArmKey(arm.deployment, arm.cluster, arm.spec_digest)
             new = _growth(router.arms.get(key), arm)
             if new.attempts or new.ttft:
-                self._totals[key] = self._totals.get(key, Totals()) + new
+                place = (key.deployment, key.cluster)
+                here = self._counted.get(place, {})
+                total = here.get(key.spec_digest, Totals()) + new
+                self._counted[place] = {**here, key.spec_digest: total}
             router.arms[key] = arm
         if message.full:
-            named = {
-                ArmKey(a.function, a.deployment, a.cluster, a.spec_digest) for a in message.arms
-            }
+            named = {ArmKey(a.deployment, a.cluster, a.spec_digest) for a in message.arms}
             router.arms = {key: arm for key, arm in router.arms.items() if key in named}
             router.waiting = {}
         for function in message.functions:
@@ -139,11 +165,7 @@ class Signals:
 
     def totals(self, deployment: str, cluster: str, spec_digest: str | None = None) -> Totals:
         """Since this reconciler began to listen; of one template, or of all."""
-        total = Totals()
-        for key, counted in self._totals.items():
-            if _is_of(key, deployment, cluster, spec_digest):
-                total += counted
-        return total
+        return _sum(self._counted, (deployment, cluster), spec_digest)
 
     def load(
         self, function: str, deployments: Iterable[str], cluster: str, now: float, *, over_s: float
@@ -151,75 +173,82 @@ class Signals:
         """Of the arms of one place together. None while no router speaks."""
         if not self.heard(now):
             return None
-        names = frozenset(deployments)
-
-        def mine(key: ArmKey) -> bool:
-            return key.deployment in names and key.cluster == cluster
-
+        places = [(deployment, cluster) for deployment in deployments]
+        carried = self._carried(now)
+        here = [carried.get(place, _NOTHING) for place in places]
+        in_flight = sum(one.in_flight for one in here)
+        then = self._at(now - over_s)
+        ended, started = Totals(), in_flight
+        for place in places:
+            ended += _sum(self._counted, place, None)
+            if then is not None:
+                ended -= _sum(then.counted, place, None)
+                started -= then.in_flight.get(place, 0)
         # Started is what has ended and what still runs.
-        flying = self._flying(now)
-        in_flight = sum(count for key, count in flying.items() if mine(key))
-        at, before, flew = self._at(now - over_s)
-        ended = Totals()
-        for key, total in self._totals.items():
-            if mine(key):
-                ended += total - before.get(key, Totals())
-        started = ended.attempts + in_flight - sum(n for key, n in flew.items() if mine(key))
-        queued: dict[ArmKey, int] = {}
-        for router in self._lively(now):
-            for key, arm in router.arms.items():
-                if mine(key):
-                    # Each router repeats what the engines say.
-                    queued[key] = max(queued.get(key, 0), arm.queued)
-        usages = [
-            arm.kv_usage
-            for router in self._lively(now)
-            for key, arm in router.arms.items()
-            if mine(key) and arm.kv_usage is not None
-        ]
+        started += ended.attempts
+        since = then.at if then is not None else now - over_s
+        usages = [one.kv_usage for one in here if one.kv_usage is not None]
         return Load(
-            requests_per_s=max(0, started) / max(now - at, 1.0),
+            requests_per_s=max(0, started) / max(now - since, 1.0),
             in_flight=in_flight,
             waiting=self.waiting(function, now),
-            queued=sum(queued.values()),
+            queued=sum(sum(one.queued.values()) for one in here),
             kv_usage=max(usages) if usages else None,
             ttft_p95_s=ended.ttft_s(),
         )
 
-    def forget(self, now: float, keep: Iterable[tuple[str, str]]) -> None:
-        """Drops silent routers, and arms of places (deployment, cluster) that are no more."""
+    def forget(self, now: float, keep: Collection[Place]) -> None:
+        """Drops routers silent for long, and places that are no more."""
         self._routers = {n: r for n, r in self._routers.items() if now - r.at <= KEPT_S}
-        kept = frozenset(keep)
-        self._totals = {
-            key: total
-            for key, total in self._totals.items()
-            if (key.deployment, key.cluster) in kept
-        }
+        for place in [place for place in self._counted if place not in keep]:
+            del self._counted[place]
 
     def _lively(self, now: float) -> list[_Router]:
         return [router for router in self._routers.values() if now - router.at <= SILENT_S]
 
-    def _flying(self, now: float) -> dict[ArmKey, int]:
-        flying: dict[ArmKey, int] = {}
+    def _carried(self, now: float) -> dict[Place, _Now]:
+        """By place; worked out once for each moment."""
+        if self._now is not None and self._now[0] == now:
+            return self._now[1]
+        carried: dict[Place, _Now] = {}
         for router in self._lively(now):
             for key, arm in router.arms.items():
-                flying[key] = flying.get(key, 0) + arm.in_flight
-        return flying
+                one = carried.setdefault((key.deployment, key.cluster), _Now())
+                one.in_flight += arm.in_flight
+                # Each router repeats what the engines say.
+                digest = key.spec_digest
+                one.queued[digest] = max(one.queued.get(digest, 0), arm.queued)
+                if arm.kv_usage is not None:
+                    one.kv_usage = max(one.kv_usage or 0.0, arm.kv_usage)
+        self._now = (now, carried)
+        return carried
 
     def _remember(self, now: float) -> None:
-        if self._past and now - self._past[-1][0] < 1.0:
+        if self._past and now - self._past[-1].at < 1.0:
             return
-        self._past.append((now, dict(self._totals), self._flying(now)))
-        while len(self._past) > 2 and self._past[1][0] <= now - KEPT_S:
+        flying = {place: one.in_flight for place, one in self._carried(now).items()}
+        self._past.append(_Past(now, dict(self._counted), flying))
+        while len(self._past) > 2 and self._past[1].at <= now - KEPT_S:
             self._past.popleft()
 
-    def _at(self, then: float) -> tuple[float, dict[ArmKey, Totals], dict[ArmKey, int]]:
+    def _at(self, then: float) -> _Past | None:
         """The newest remembered state that is no younger than asked for; else the oldest."""
-        past = list(self._past)
-        for one, following in pairwise(past):
-            if following[0] > then:
-                return one
-        return past[-1] if past else (then, {}, {})
+        found: _Past | None = None
+        for past in reversed(self._past):
+            found = past
+            if past.at <= then:
+                break
+        return found
+
+
+def _sum(counted: _Counted, place: Place, spec_digest: str | None) -> Totals:
+    here = counted.get(place, {})
+    if spec_digest is not None:
+        return here.get(spec_digest, Totals())
+    total = Totals()
+    for one in here.values():
+        total += one
+    return total
 
 
 def _growth(before: ArmSignals | None, now: ArmSignals) -> Totals:
@@ -229,12 +258,4 @@ def _growth(before: ArmSignals | None, now: ArmSignals) -> Totals:
         return new
     return new - Totals(
         before.attempts, before.failed, before.ttft, before.input_tokens, before.cached_tokens
-    )
-
-
-def _is_of(key: ArmKey, deployment: str, cluster: str, spec_digest: str | None) -> bool:
-    return (
-        key.deployment == deployment
-        and key.cluster == cluster
-        and spec_digest in (None, key.spec_digest)
     )

@@ -81,6 +81,8 @@ def steer(
         now: seconds, on the clock of `signals` and `steering`.
         now_text: the same for people.
     """
+    if not any(_is_steered(w) for w in desired.workloads.values()):
+        return Steered(desired, Steering())
     seen = {
         (o.backend, name): workload
         for o in observed
@@ -100,8 +102,7 @@ def steer(
     canaries: dict[str, Canary] = {}
     weights: dict[str, int] = {}
     for name, workload in scaled.items():
-        beside = workload.rollout.strategy == "canary" and workload.template.job is None
-        if not beside or workload.backend == "external":
+        if not _has_canaries(workload):
             workloads[name] = workload
             continue
         state = steering.canaries.get(name, Canary())
@@ -132,6 +133,15 @@ def steer(
         tuple(news),
         weights,
     )
+
+
+def _is_steered(workload: Workload) -> bool:
+    return workload.scaling is not None or _has_canaries(workload)
+
+
+def _has_canaries(workload: Workload) -> bool:
+    beside = workload.rollout.strategy == "canary" and workload.template.job is None
+    return beside and workload.backend != "external"
 
 
 Seen = Mapping[tuple[str, str], ObservedWorkload]
