@@ -168,6 +168,10 @@ def object_lines(one: ObjectStatus, now: datetime, paint: Paint) -> Iterator[str
         "workload": status.get("workload"),
         "cluster": status.get("cluster"),
         "replicas": _replica_words(status.get("replicas")),
+        "placement": _placement_words(status.get("placement")),
+        "scaling": _scaling_words(status.get("scaling")),
+        "canary": _canary_words(status.get("canary")),
+        "job": _job_words(status.get("job")),
         "ready": status.get("readyReplicas"),
         "deployments": ", ".join(status.get("deployments", ())),
         "idle fields": ", ".join(status.get("notActedOnYet", ())),
@@ -186,6 +190,38 @@ def object_lines(one: ObjectStatus, now: datetime, paint: Paint) -> Iterator[str
         yield f"    {'  '.join(str(fact) for fact in facts_line)}  {age}"
         if message := condition.get("message"):
             yield f"      {message}"
+
+
+def _placement_words(placed: Mapping[str, Any] | None) -> str:
+    if not placed:
+        return ""
+    return (
+        f"{placed.get('gpus')} {placed.get('gpuType')}, {placed.get('pricePerHour')} an hour: "
+        f"{placed.get('reason')}"
+    )
+
+
+def _scaling_words(scaling: Mapping[str, Any] | None) -> str:
+    if not scaling:
+        return ""
+    last = f"; last {scaling['last']}" if "last" in scaling else ""
+    return f"{scaling.get('replicas')}, of {scaling.get('min')} to {scaling.get('max')}{last}"
+
+
+def _canary_words(canary: Mapping[str, Any] | None) -> str:
+    if not canary:
+        return ""
+    return (
+        f"{canary.get('weightPercent')} % of sessions on {str(canary.get('specDigest'))[:8]}, "
+        f"step {canary.get('step')} of {canary.get('steps')}"
+    )
+
+
+def _job_words(job: Mapping[str, Any] | None) -> str:
+    if not job:
+        return ""
+    attempt = f", attempt {job['attempt']}" if "attempt" in job else ""
+    return f"{job.get('kind')} run {job.get('run')}: {job.get('state')}{attempt}"
 
 
 def status_json(view: StatusView) -> dict[str, Any]:
