@@ -688,6 +688,12 @@ async def test_a_namespace_goes_into_the_requests_configuration(lab: Lab) -> Non
     assert body["override_skypilot_config"] == {"kubernetes": {"namespace": "acme"}}
     assert '"active_workspace":"acme"' in body["task"]
 
+    # SkyServe reads it once, when a service is made.
+    moved = replace(scheduling, namespace="other")
+    elsewhere = replace(base, template=replace(base.template, scheduling=moved), spec_digest="two")
+    with pytest.raises(Stalled, match="runs in namespace acme, and SkyPilot moves no service"):
+        await backend.apply(Update(elsewhere, "roll", ""))
+
 
 async def test_no_answer_yet_is_unknown_and_takes_nothing_on(lab: Lab) -> None:
     lab.server.hung.clear()

@@ -183,6 +183,7 @@ class SkyPilotBackend:
         if told is not None and told.goal == workload and told.lease == lease:
             return
         check(workload)
+        _check_namespace(workload, service)
         # Fails here and now where a secret is missing.
         self._outbox.secrets(workload)
         again = told is None and self._sight.retry_due(name, self._pace.again_after_s)
@@ -408,6 +409,16 @@ class SkyPilotBackend:
         if self._seen != self._said:
             self._said = self._seen
             self._notify()
+
+
+def _check_namespace(workload: Workload, service: Service | None) -> None:
+    marks = service.marks if service else None
+    wanted = workload.template.scheduling.namespace or ""
+    if marks is not None and marks.namespace != wanted:
+        raise Stalled(
+            f"{workload.name} runs in namespace {marks.namespace or 'of its context'}, and SkyPilot moves no "
+            f"service; to run it in {wanted or 'that of its context'}, delete the deployment, and make it anew"
+        )
 
 
 def _under_way(flight: Flight | None) -> UnderWay | None:

@@ -12,7 +12,15 @@ import msgspec
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from reconciler.core.skypilot.service import DEPLOYMENT, OWNER, SPEC, Marks, Service, ServiceReplica
+from reconciler.core.skypilot.service import (
+    DEPLOYMENT,
+    NAMESPACE,
+    OWNER,
+    SPEC,
+    Marks,
+    Service,
+    ServiceReplica,
+)
 from reconciler.errors import BackendUnreachable
 
 _KEPT: Final = 20_000
@@ -102,6 +110,7 @@ class RowReader:
             deployment=str(envs.get(DEPLOYMENT, "")),
             spec_digest=str(envs.get(SPEC, "")),
             replicas=count if isinstance(count, int) else 0,
+            namespace=str(envs.get(NAMESPACE, "")),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from reconciler.core.skypilot import engines
 from reconciler.core.skypilot.models import model_source
-from reconciler.core.skypilot.service import DEPLOYMENT, OWNER, SPEC
+from reconciler.core.skypilot.service import DEPLOYMENT, NAMESPACE, OWNER, SPEC
 from reconciler.core.workload import Template, Workload
 from reconciler.errors import Stalled
 from schemas.cluster import CloudProvider, KubernetesProvider, SlurmProvider
@@ -45,6 +45,7 @@ def service_task(workload: Workload, owner: str) -> dict[str, Any]:
             OWNER: owner,
             DEPLOYMENT: workload.deployment,
             SPEC: workload.spec_digest,
+            **_namespace(template),
             **start.env,
             **own,
         },
@@ -59,6 +60,11 @@ def service_task(workload: Workload, owner: str) -> dict[str, Any]:
         task["setup"] = "set -e\n" + "\n".join(model.setup) + "\n"
     task["run"] = start.script
     return task
+
+
+def _namespace(template: Template) -> dict[str, str]:
+    namespace = template.scheduling.namespace
+    return {NAMESPACE: namespace} if namespace else {}
 
 
 def sent_secrets(template: Template) -> list[str]:

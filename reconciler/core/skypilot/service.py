@@ -13,6 +13,7 @@ from typing import Final
 OWNER: Final = "DETOSERVE_OWNER"
 DEPLOYMENT: Final = "DETOSERVE_DEPLOYMENT"
 SPEC: Final = "DETOSERVE_SPEC"
+NAMESPACE: Final = "DETOSERVE_NAMESPACE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Marks:
     deployment: str = ""
     spec_digest: str = ""
     replicas: int = 0
+    namespace: str = ""
+    """Kubernetes namespace it was told to run in; "" for the context's own."""
 
 
 @dataclass(frozen=True, slots=True)
