@@ -79,13 +79,16 @@ class Chosen(Admitted, eq=False):
     ) -> Seen:
         """What the choice was made from, by reference; it is written out later."""
         proxy, function, record = self._proxy, self._function, self.record
-        in_flight = self._state.in_flight.by_replica
+        carried: dict[str, int] = {}
+        if len(pool) < len(self._candidates):
+            counted = self._carried(self._candidates)
+            carried = {c.id: counted.get(c.id, 0) for c in self._candidates}
         prompt = self._prompt or proxy.brain.read(
             function, self._endpoint, self._parsed, len(self._body), self._salt
         )
         fleet = proxy.brain.fleet(pool, function)
         if self._prompt is None:  # nothing is weighed then but requests
-            load = proxy.brain.requests(in_flight)
+            load = proxy.brain.requests(self._state.in_flight.by_replica)
             fleet.requests = tuple(load.get(c.id, 0) for c in pool)
         return Seen(
             id=record.decision,
@@ -108,7 +111,7 @@ class Chosen(Admitted, eq=False):
             skipped=proxy.decisions.skipped,
             tried=tuple(self._tried),
             ejected=ejected,
-            in_flight=dict(in_flight) if len(pool) < len(self._candidates) else {},
+            in_flight=carried,
         )
 
     def _choose_again(self) -> tuple[Candidate, Sent | None] | None:

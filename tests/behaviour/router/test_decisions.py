@@ -25,6 +25,7 @@ from tests.behaviour.cli_process import detoserve
 from tests.behaviour.publish_fixtures import running_valkey
 from tests.behaviour.router.harness import (
     FakeEngine,
+    Received,
     fake_engine,
     http,
     post,
@@ -72,7 +73,10 @@ class Running:
 
 
 def table(engines: list[FakeEngine], *, generation: int = 1, **more: Any) -> RoutingTable:
-    replicas = tuple(Replica(id=f"r{i}", url=e.url) for i, e in enumerate(engines))
+    most = more.pop("max_concurrent", 0)
+    replicas = tuple(
+        Replica(id=f"r{i}", url=e.url, max_concurrent=most) for i, e in enumerate(engines)
+    )
     function = Function(
         **{
             "name": "chat",
@@ -191,6 +195,25 @@ async def test_a_retry_is_explained_with_what_it_was_kept_from(tmp_path: Path) -
         ]
         assert second["outcome"]["status"] == 503
         assert second["outcome"]["attempts"] == 2
+
+
+async def test_a_replica_that_was_full_is_told_as_such(tmp_path: Path) -> None:
+    gate = asyncio.Event()
+
+    async def wait(received: Received, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        await http()(received, writer)
+
+    async with running(tmp_path, engines=2, max_concurrent=1) as it:
+        for engine in it.engines:
+            engine.answer = wait
+        both = [asyncio.create_task(it.ask(text)) for text in ("p", "q")]
+        await eventually(lambda: all(engine.received for engine in it.engines))
+        gate.set()
+        told = [(await it.explained((await one)[1]))[0] for one in both]
+        (kept,) = [one for one in told if one["removed"]]
+        (other,) = [one for one in told if not one["removed"]]
+        assert kept["removed"] == [{"replica": other["chosen"], "reason": "full: 1 requests of 1"}]
 
 
 async def test_a_replica_that_a_person_chose_is_told_as_such(tmp_path: Path) -> None:
