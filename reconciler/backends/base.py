@@ -28,7 +28,8 @@ class Backend(Protocol):
         ...
 
     async def apply(self, action: Effect) -> None:
-        """Takes one action on and returns once it would survive a crash of the reconciler.
+        """Takes one action on and returns once it would survive a crash of the reconciler: because it is
+        written down, or because the next one would plan it again from what it sees.
 
         Idempotent: applying the same action twice equals applying it once; Delete of what is not
         there is done already. A rolling update keeps as many ready replicas as it had.

@@ -27,7 +27,7 @@ from tests.sky_api_server import FakeService, SkyApiServer
 from tests.support import eventually
 
 OWNER = "test"
-PACE = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01, retry_s=0.05)
+PACE = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01, first_look_s=30, retry_s=0.05)
 
 
 @dataclass

@@ -114,7 +114,7 @@ async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         bench = await stack.enter_async_context(running_bench(tmp_path))
         server = await stack.enter_async_context(SkyApiServer().running())
-        pace = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01)
+        pace = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01, first_look_s=30)
         backend = SkyPilotBackend(
             ApiSettings(server.url), tmp_path / "state", "me", notify=lambda: None, pace=pace
         )

@@ -138,7 +138,7 @@ class SkyPilotWorld:
     async def open(self) -> None:
         if not self.server.url:
             await self._stack.enter_async_context(self.server.running())
-        pace = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01)
+        pace = Pace(idle_s=0.02, moving_s=0.02, least_s=0.01, first_look_s=30)
         self.backend = SkyPilotBackend(
             ApiSettings(self.server.url), self.path, "test", notify=lambda: None, pace=pace
         )

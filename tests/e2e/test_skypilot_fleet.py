@@ -81,7 +81,7 @@ async def test_a_pass_over_500_services(
     bench: Bench, server: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench.repo.commit(fleet())
-    pace = Pace(idle_s=0.3, moving_s=0.3, least_s=0.2)
+    pace = Pace(idle_s=0.3, moving_s=0.3, least_s=0.2, first_look_s=30)
     backend = SkyPilotBackend(
         ApiSettings(server, call_timeout_s=60.0),
         bench.folder / "state",

@@ -58,7 +58,7 @@ class Pace:
     idle_s: float = 10.0
     moving_s: float = 3.0
     least_s: float = 0.5
-    first_look_s: float = 10.0
+    first_look_s: float = 3.0
     """How long the first observation waits for the first answer."""
     retry_s: float = 15.0
     stuck_after_s: float = 900.0
