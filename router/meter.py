@@ -48,6 +48,7 @@ class Metered:
         "_request_bytes",
         "_slot",
         "_task",
+        "_whole",
         "known",
     )
 
@@ -67,6 +68,8 @@ class Metered:
         self._plan = plan
         self._request_bytes = request_bytes
         self._reader: Reader | None = None
+        self._whole: Usage | None = None
+        """What a whole answer said, once it was there."""
         self.known = False
         """Once it has ended: whether there was any word of what was used."""
         self._note: Callable[[bytes], None] = _ignore
@@ -80,7 +83,7 @@ class Metered:
 
         `fixed`: its length stands in the head, and so nothing can be taken out of it.
         """
-        self._reader = None
+        self._reader = self._whole = None
         if 200 <= status < 300:
             if content_type.startswith(_EVENTS):
                 self._reader = StreamReader(
@@ -103,14 +106,16 @@ class Metered:
         out = reader.feed(data, last)
         if last:
             # Before the client has it: whoever is killed in between has it counted.
-            used = reader.used()
-            if used is not None:
+            used = self._whole = reader.used()
+            if used is not None and self._slot >= 0:
                 self._note(as_json(used))
         return out
 
     def used(self) -> Usage:
         """As far as anybody can tell."""
-        used = self._reader.used() if self._reader is not None else None
+        used = self._whole
+        if used is None and self._reader is not None:
+            used = self._reader.used()
         self.known = used is not None
         if used is None:
             return NOTHING
