@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 import msgspec
@@ -26,7 +27,9 @@ from schemas.wire.events import VERSION, SessionBatch, SessionPin
 _log: Final = logging.getLogger(__name__)
 _FLUSH_S: Final = 0.05
 """After the first change of a batch."""
-_BATCH: Final = 500
+_BATCH: Final = 100
+"""So small that requests need not wait for one to be written."""
+_READ: Final = 500
 _UNTOLD_MAX: Final = 20_000
 _SWEEP_S: Final = 5.0
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -105,7 +108,7 @@ class SessionStore:
     async def _load(self, redis: Redis) -> None:
         cursor, read = 0, 0
         while True:
-            cursor, keys = await redis.scan(cursor, match=redis_keys.SESSION_PATTERN, count=_BATCH)
+            cursor, keys = await redis.scan(cursor, match=redis_keys.SESSION_PATTERN, count=_READ)
             for value in await redis.mget(keys) if keys else ():
                 if isinstance(value, bytes):
                     self._keep(value)
@@ -141,9 +144,9 @@ class SessionStore:
     async def _telling(self, redis: Redis) -> None:
         while True:
             await self._news.wait()
-            await asyncio.sleep(_FLUSH_S)
+            await asyncio.sleep(_FLUSH_S if len(self._untold) < _BATCH else 0)
             self._news.clear()
-            batch = dict(list(self._untold.items())[:_BATCH])
+            batch = dict(islice(self._untold.items(), _BATCH))
             try:
                 await self._flush(redis, batch)
             except (RedisError, OSError, TimeoutError):

@@ -16,7 +16,7 @@ import msgspec
 import typer
 
 from router.commands.recorded import RedisUrl, StateDir, connected, decision_id, find, last
-from router.commands.tables import seconds, text_table
+from router.commands.tables import camel, seconds, text_table
 from router.core.rescore import SCORED, Explanation
 from router.core.rescore import explain as explained
 from schemas.wire.decisions import Decision, Outcome
@@ -112,6 +112,7 @@ def as_data(decision: Decision) -> dict[str, Any]:
         asdict(s) | {"signals": s.signals._asdict() if s.signals else None} for s in told.standings
     ]
     data["prefill_price"] = told.price
+    data = dict(camel(data))
     data["otherwise"] = {name: list(replicas) for name, replicas in told.others}
     return data
 

@@ -19,7 +19,7 @@ import msgspec
 import typer
 
 from router.commands.recorded import RedisUrl, StateDir, connected, fail, last
-from router.commands.tables import markdown_table, seconds, text_table
+from router.commands.tables import camel, markdown_table, seconds, text_table
 from router.core.replay import Figures, Measured, elsewhere, latest, measured, simulate
 from router.core.rescore import Rule
 from schemas.routing_policy import PolicyName
@@ -266,7 +266,7 @@ def as_data(one: Compared) -> dict[str, Any]:
         }
 
     real = one.measured
-    return {
+    data = {
         "function": one.function,
         "recorded_requests": one.before.requests,
         "requests": one.requests,
@@ -278,3 +278,4 @@ def as_data(one: Compared) -> dict[str, Any]:
             "ttft_mean_s": sum(real.ttft_s) / len(real.ttft_s) if real.ttft_s else None,
         },
     }
+    return dict(camel(data))

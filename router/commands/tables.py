@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from typing import Any, Final
+
+_UNDERSCORE: Final = re.compile(r"_([a-z])")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -23,6 +27,17 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[s
         "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, *rows)
     ]
     return [lines[0], "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|", *lines[1:]]
+
+
+def camel(value: Any) -> Any:
+    """Plain data with keys as JSON and YAML have them everywhere: policy_since is policySince."""
+    if isinstance(value, dict):
+        return {_UNDERSCORE.sub(_upper, key): camel(item) for key, item in value.items()}
+    return [camel(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _upper(found: re.Match[str]) -> str:
+    return found.group(1).upper()
 
 
 def seconds(value: float) -> str:

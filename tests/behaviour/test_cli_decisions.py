@@ -130,9 +130,9 @@ async def test_a_decision_is_recorded_and_explained(tmp_path: Path) -> None:
         )
         (told,) = json.loads(out)
         assert told["chosen"] == told["standings"][0]["replica"] == "r1"
-        assert told["outcome"]["cached_tokens"] == 512
+        assert told["outcome"]["cachedTokens"] == 512
         assert told["otherwise"]["round-robin"] == ["r0"]
-        assert set(told["standings"][0]["signals"]) == {"kv_cache", "session", "load", "latency"}
+        assert set(told["standings"][0]["signals"]) == {"kvCache", "session", "load", "latency"}
 
 
 async def test_the_newest_decisions_are_listed(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ async def test_replay_compares_rules_over_what_was_recorded(tmp_path: Path) -> N
         assert "expected-latency, kvCache 0, load 1" in out
         code, out, _ = await run("replay", "--policy", "least-load", "--json", url=valkey.url)
         (told,) = json.loads(out)
-        assert told["recorded"]["hit_rate"] > told["proposed"]["hit_rate"]
+        assert told["recorded"]["hitRate"] > told["proposed"]["hitRate"]
         assert told["elsewhere"] == 1.0
 
 

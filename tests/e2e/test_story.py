@@ -193,7 +193,7 @@ def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:
     first = answered()
     before = eventually_sync(lambda: explained(first))
     assert before["policy"] == "expected-latency"
-    assert before["policy_since"] == before["revision"]
+    assert before["policySince"] == before["revision"]
     assert len(before["candidates"]) == 2
     weights = "routing:\n    policy: least-load\n  scaling:"
     commit = up.replace(CHAT, "scaling:", weights, "Route chat by load alone")
@@ -202,7 +202,7 @@ def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:
     after = eventually_sync(
         lambda: (found := explained(answered()))["revision"] != commit and found
     )
-    assert after["policy_since"] == commit
+    assert after["policySince"] == commit
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

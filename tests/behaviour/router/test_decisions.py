@@ -136,18 +136,18 @@ async def test_an_answer_can_be_explained_by_its_header(tmp_path: Path) -> None:
         assert told["chosen"] == first
         assert told["pinned"] == first
         assert told["policy"] == "expected-latency"
-        assert told["policy_since"] == "9f3c1ab77777"
+        assert told["policySince"] == "9f3c1ab77777"
         assert told["generation"] == 1
         assert {c["replica"] for c in told["candidates"]} == {"r0", "r1", "r2"}
-        held = {c["replica"]: c["cached_tokens"] for c in told["candidates"]}
+        held = {c["replica"]: c["cachedTokens"] for c in told["candidates"]}
         assert held[first] > 900
         assert sum(held.values()) == held[first]
         best = told["standings"][0]
         assert best["replica"] == first
-        assert best["saved_s"] > 0
-        assert best["session_s"] > 0
+        assert best["savedS"] > 0
+        assert best["sessionS"] > 0
         assert told["outcome"]["status"] == 200
-        assert told["outcome"]["ttft_s"] > 0
+        assert told["outcome"]["ttftS"] > 0
         assert len(told["otherwise"]["without kvCache"]) >= 1
         page = await it.detoserve("explain", header)
         assert f"its session was on {first}" in page
@@ -171,8 +171,8 @@ async def test_what_the_engine_counted_stands_beside_what_was_thought(tmp_path: 
         _, header = await it.ask("z" * 4000)
         (told,) = await it.explained(header)
         outcome = told["outcome"]
-        assert (outcome["input_tokens"], outcome["cached_tokens"]) == (1000, 640)
-        assert outcome["output_tokens"] == 7
+        assert (outcome["inputTokens"], outcome["cachedTokens"]) == (1000, 640)
+        assert outcome["outputTokens"] == 7
         page = await it.detoserve("explain", header)
         assert "640 of 1,000 tokens were cached (thought: 0)" in page
         replayed = await it.detoserve("replay", "--policy", "least-load")
@@ -235,9 +235,9 @@ async def test_simple_policies_are_recorded_with_what_caches_would_say(tmp_path:
             assert told["policy"] == "round-robin"
             assert len(told["chain"]) == 16 * (6006 // 256 // 4)
         out = json.loads(await it.detoserve("replay", "--policy", "expected-latency", "--json"))
-        assert out[0]["recorded_requests"] == 6
+        assert out[0]["recordedRequests"] == 6
         # Three replicas in turn hold it after three requests; by caches it is held after the first.
-        assert out[0]["recorded"]["hit_rate"] < out[0]["proposed"]["hit_rate"]
+        assert out[0]["recorded"]["hitRate"] < out[0]["proposed"]["hitRate"]
 
 
 async def test_a_router_that_ends_has_told_what_it_recorded(tmp_path: Path) -> None:
