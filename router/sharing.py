@@ -1,7 +1,7 @@
 """This router's share of the load, told to the others and heard of them, all the time.
 
 What happens is told at once, or, where something was told less than `FLUSH_S` ago, together with
-what happens until then. Everything is told every `FULL_S`, which is also how the others know that this one lives. No request waits for it. Alone,
+what happens until then. Everything is told every `FULL_S`, which is also how the others know that this one lives. One that has just started is told what is cached where. No request waits for it. Alone,
 nothing is gathered. Not here: what follows from a message (core.sharing), or how it travels (channels).
 """
 
@@ -25,6 +25,10 @@ _log: Final = logging.getLogger(__name__)
 FLUSH_S: Final = 0.01
 """Between two messages: leaves as much again for the way, of the 20 ms in which others should know."""
 FULL_S: Final = 0.5
+_BRIEFING_S: Final = 0.02
+"""Between two messages to a newcomer, which has requests to serve besides."""
+_GREETING_S: Final = 0.2
+"""Two that meet when both have just started have nothing to tell: let them find all others first."""
 
 
 class _Head(Event, frozen=True, kw_only=True):
@@ -32,6 +36,7 @@ class _Head(Event, frozen=True, kw_only=True):
 
     router: str
     seq: int
+    to: str = ""
 
 
 class Part(Protocol):
@@ -66,6 +71,9 @@ class Sharing:
         # A process that starts again is another: nothing of its former life is taken for new.
         name = f"{router_id}/{os.urandom(6).hex()}"
         self._loop = asyncio.get_running_loop()
+        self._name = name
+        self._index = states.index
+        self._briefings: set[asyncio.Task[None]] = set()
         self._journal = Journal(name, states.load)
         self.peers = Peers(name, states.load, states.index)
         self._names = names
@@ -130,16 +138,22 @@ class Sharing:
         self._told_at = self._loop.time()
         parts = {name: data for name, part in self._parts.items() if (data := part.take(full=full))}
         for batch in self._journal.batches(self._names, self._now(), full=full, parts=parts):
-            data = self._encode(batch)
-            self.sent += 1
-            for channel in self._channels:
-                channel.send(data)
+            self._send(batch)
+
+    def _send(self, batch: LoadBatch) -> None:
+        data = self._encode(batch)
+        self.sent += 1
+        for channel in self._channels:
+            channel.send(data)
 
     def receive(self, data: bytes) -> None:
         """A message as it came; of this router itself, twice, or spoilt, as it may be."""
         try:
             head = self._read_head(data)
             if not self.peers.is_news(head.router, head.seq):
+                return
+            if head.to and head.to != self._name:
+                self.peers.passed(head.router, head.seq, self._now())
                 return
             batch = self._read(data)
         except msgspec.DecodeError:
@@ -156,6 +170,18 @@ class Sharing:
         if is_new:
             self.alone = False
             self.flush(full=True)
+            task = self._loop.create_task(self._brief(batch.router))
+            self._briefings.add(task)
+            task.add_done_callback(self._briefings.discard)
+
+    async def _brief(self, newcomer: str) -> None:
+        """Tells a router that has just appeared what is cached where, if nobody else is to."""
+        await asyncio.sleep(_GREETING_S)
+        if not self.peers.is_first(newcomer):
+            return
+        for batch in self._journal.briefing(self._names, self._index, newcomer):
+            self._send(batch)
+            await asyncio.sleep(_BRIEFING_S)
 
     async def run(self, channels: Sequence[Channel]) -> None:
         """Shares by these until cancelled, and then tells what is left: nothing, as a rule."""
@@ -173,7 +199,7 @@ class Sharing:
             self.alone = True
             if self._timer is not None:
                 self._timer.cancel()
-            left = set(running)
+            left = {*running, *self._briefings}
             while left:
                 for task in left:
                     task.cancel()

@@ -223,6 +223,13 @@ class PrefixIndex:
         get = self._holders.get
         self.insert(slot, [b for b in blocks if (h := get(b)) is None or not h.mask & bit])
 
+    def chains(self, slot: int) -> list[array[int]]:
+        """What a replica holds, least recently used first: inserted in this order it is known again.
+
+        The arrays are the index's own: read them soon, and only read them.
+        """
+        return [run.blocks for run in self._replicas[slot].cache.runs if run.live]
+
     def discard(self, slot: int, blocks: Iterable[int]) -> None:
         """The engine says that it holds these no longer."""
         cache = self._replicas[slot].cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Final, NamedTuple, Protocol
 
@@ -127,6 +127,15 @@ class Journal:
         rest = [LoadBatch(router=self.router, seq=self._next(), cached=c) for c in chains[1:]]
         self.forget()
         return [first, *rest]
+
+    def briefing(
+        self, names: Mapping[int, str], index: PrefixIndex, to: str
+    ) -> Iterator[LoadBatch]:
+        """All that this router knows of caches, for one that has just started; made as it is read."""
+        for slot in list(names):
+            known = ((slot, chain) for chain in index.chains(slot) if chain)
+            for cached in _cut(known, names):
+                yield LoadBatch(router=self.router, seq=self._next(), to=to, cached=cached)
 
     def _next(self) -> int:
         self._seq += 1
@@ -249,6 +258,16 @@ class Peers:
             if slot is not None and 0 <= sample.cached <= sample.tokens <= _TOKENS_MAX:
                 learn(slot, sample.cached, sample.tokens, sample.prefill_s)
         return is_new
+
+    def passed(self, router: str, seq: int, now: float) -> None:
+        """A message for another router went by."""
+        peer = self._known.get(router)
+        if peer is not None:
+            peer.heard_at, peer.seq = now, seq
+
+    def is_first(self, newcomer: str) -> bool:
+        """Whether it is for this router, of those that were there before, to brief a newcomer."""
+        return all(self._router < name for name in self._known if name != newcomer)
 
     def expire(self, now: float) -> list[str]:
         """Forgets routers that have said nothing for too long, and tells which."""

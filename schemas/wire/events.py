@@ -142,6 +142,8 @@ class LoadBatch(Event, frozen=True, kw_only=True):
     """Grows by one with each message."""
     full: bool = False
     """Whether replicas that are not named have nothing from this router."""
+    to: str = ""
+    """The only router that it is for; empty: all."""
     loads: tuple[ReplicaLoad, ...] = ()
     cached: tuple[Cached, ...] = ()
     samples: tuple[PrefillSample, ...] = ()

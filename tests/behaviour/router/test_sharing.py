@@ -128,6 +128,28 @@ async def test_a_dead_routers_share_expires(tmp_path: Path) -> None:
             end.close()
 
 
+async def test_a_newcomer_is_told_what_is_cached_where(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        ends = [SocketChannel(tmp_path) for _ in range(3)]
+        for end in ends:
+            stack.callback(end.close)
+        a = await stack.enter_async_context(member("a", ends[0]))
+        b = await stack.enter_async_context(member("b", ends[1]))
+        await met(a, b)
+        # They brief one another too, and have nothing to tell yet.
+        await eventually(lambda: not (a.sharing._briefings or b.sharing._briefings))
+        chains = [list(range(n * 1000, n * 1000 + 300)) for n in range(40)]
+        for n, chain in enumerate(chains):
+            a.states.index.insert(n % 2, chain)
+        c = await stack.enter_async_context(member("c", ends[2]))
+        await eventually(lambda: len(c.states.index) == 40 * 300)
+        for chain in chains:
+            assert c.states.index.match(chain) == a.states.index.match(chain)
+        # It was for the newcomer alone, and no message was missed for that.
+        assert len(b.states.index) == 0
+        assert b.sharing.peers.gaps == c.sharing.peers.gaps == 0
+
+
 async def test_redis_away_is_only_a_loss_of_words(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         server, redis = await stack.enter_async_context(running_valkey(tmp_path))

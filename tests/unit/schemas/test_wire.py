@@ -103,6 +103,7 @@ EVENTS = [
         router="a",
         seq=9,
         full=True,
+        to="b",
         loads=(events.ReplicaLoad("r", 1, 2.0, 3.0, 4.0, 5.0, 6.0),),
         cached=(events.Cached("r", b"\x01" * 16),),
         samples=(events.PrefillSample("r", 0.0, 1000.0, 0.25),),

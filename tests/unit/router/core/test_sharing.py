@@ -218,6 +218,22 @@ def test_many_chains_go_in_several_messages():
         assert b.index.match(chain) == [(4000, (2,))]
 
 
+def test_a_briefing_keeps_what_was_used_last():
+    a, b = Router("a"), Router("b")
+    for slot in NAMES:
+        a.index.set_capacity(slot, 100)
+        b.index.set_capacity(slot, 100)
+    chains = [list(range(n * 1000, n * 1000 + 30)) for n in range(5)]
+    for chain in chains[:3]:
+        a.index.insert(0, chain)
+    a.index.insert(0, chains[0] + [7, 8])  # used again, and longer
+    b.hear(a.journal.briefing(NAMES, a.index, "b"), 0.0)
+    for router in (a, b):
+        router.index.insert(0, chains[3])
+    for chain in (*chains, chains[0] + [7, 8]):
+        assert b.index.match(chain) == a.index.match(chain)
+
+
 def test_only_what_was_touched_is_told_between_full_messages():
     a = Router("a")
     a.send(0, 1.0, 0.0)
