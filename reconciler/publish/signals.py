@@ -19,6 +19,7 @@ from schemas.wire.signals import RouterSignals
 
 _LISTEN_S: Final = 1.0
 _TIMEOUT_S: Final = 5.0
+_ROUTERS_KEPT: Final = 1024
 
 
 class SignalsWatch:
@@ -76,5 +77,9 @@ class SignalsWatch:
         named = {f.function for f in message.functions}
         now = {f.function for f in message.functions if f.waiting}
         kept = frozenset() if message.full else before - named
+        self._waiting.pop(message.router, None)
         self._waiting[message.router] = kept | now
+        while len(self._waiting) > _ROUTERS_KEPT:
+            # Each start of a router is another one; those heard longest ago are no more.
+            del self._waiting[next(iter(self._waiting))]
         self._notify(bool(now - before))

@@ -17,6 +17,7 @@ from reconciler.core.signals import Signals, Totals
 from reconciler.core.steer import Steered, Steering, resumed, steer
 from reconciler.core.workload import MAX_NAME, Desired, workload_name
 from schemas.deployment import Gates
+from schemas.platform import Prune
 from schemas.wire.signals import ArmSignals, RouterSignals, ttft_bucket
 from tests.unit.core.worlds import deployment, desired_of, function, local, observation, running
 
@@ -287,6 +288,25 @@ def test_another_strategy_ends_a_canary_by_rolling():
     stage.step()
     stage.step()
     assert stage.running() == {"a--c": (4, stage.desired.workloads["a--c"].spec_digest)}
+
+
+def test_no_commit_must_confirm_that_a_canary_goes():
+    stage, *_ = begun()
+    stage.step()
+    stage.serve("a/canary", 30, failed=30)
+    steered = stage.step()
+    seen = stage.seen
+    assert isinstance(seen, Observation)
+    strict = PlanPolicy(
+        prune=Prune.model_validate({"maxDeletions": 0, "maxDeletionsPercent": 0.0}),
+        known=frozenset(),
+    )
+    ready = {**seen.workloads, "a--c": running(steered.desired.workloads["a--c"])}
+    canary = begun()[0].seen.workloads["a--c--canary"]  # type: ignore[union-attr]
+    seen = replace(seen, workloads={**ready, "a--c--canary": canary})
+    made = plan(steered.desired, [seen], strict, 0.0)
+    assert [(type(a).__name__, a.name) for a in made.effects] == [("Delete", "a--c--canary")]
+    assert made.refusals == ()
 
 
 GATES = Gates()
