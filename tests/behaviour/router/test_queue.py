@@ -100,16 +100,16 @@ async def test_a_deadline_is_kept_and_says_so_once():
 
 async def test_who_would_come_too_late_is_told_at_once_and_when_to_come():
     room = Room(Queues(), 0)
-    of = function(max_wait_s=0.5)
+    of = function(max_requests=10_000)
     for _ in range(6):
         room.enter(of, A)
-    for n in range(5):  # one in some 50 ms
+    for n in range(5):  # one in 50 ms at the fastest
         await asyncio.sleep(0.05)
         room.end()
         await eventually(lambda n=n: len(room.sent) == n + 1)
-    answers = [room.enter(of, A) for _ in range(30)]
+    answers = [room.enter(of, A) for _ in range(1000)]
     refusals = [a for a in answers if isinstance(a, Refusal)]
-    assert 5 < len(refusals) < 29
+    assert 0 < len(refusals) < 1000
     assert all(r.code == "at_capacity" and r.retry_after_s > 0 for r in refusals)
     # Another tenant's turn would come in time all the same.
     assert isinstance(room.enter(of, B), Place)
