@@ -26,6 +26,7 @@ class LastWords:
         self._over = over
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
+        self._listened = metered.listens
 
     def listen(self, loop: asyncio.AbstractEventLoop) -> None:
         """Until the engine closes, at most for LISTENS_S."""
@@ -43,8 +44,9 @@ class LastWords:
 
     def received(self, head: ResponseHead | None, data: bytes, complete: bool) -> None:
         if head is not None:
-            self._metered.answered(head.status, head.content_type)
-        self._metered.feed(data, complete)
+            self._listened = self._metered.answered(head.status, head.content_type)
+        if self._listened:
+            self._metered.feed(data, complete)
         if complete:
             self.end()
 

@@ -20,11 +20,10 @@ from router.core.usage import (
     Reader,
     StreamReader,
     Usage,
-    as_json,
     cost_nano_usd,
     metering,
 )
-from router.usage_journal import Journal, Opened, record_of
+from router.usage_journal import Journal, Opened
 from schemas.wire.routing import Function
 
 _EVENTS: Final = b"text/event-stream"
@@ -41,14 +40,13 @@ class Metered:
     __slots__ = (
         "_heard",
         "_journal",
-        "_note",
         "_opened",
         "_plan",
         "_reader",
         "_request_bytes",
         "_slot",
+        "_stream",
         "_task",
-        "_whole",
         "known",
     )
 
@@ -68,54 +66,57 @@ class Metered:
         self._plan = plan
         self._request_bytes = request_bytes
         self._reader: Reader | None = None
-        self._whole: Usage | None = None
-        """What a whole answer said, once it was there."""
+        self._stream: StreamReader | None = None
         self.known = False
         """Once it has ended: whether there was any word of what was used."""
-        self._note: Callable[[bytes], None] = _ignore
-        self._slot = -1 if journal is None else journal.open(opened)
-
-        if journal is not None and self._slot >= 0:
-            self._note = partial(journal.running, self._slot)
+        self._slot: int | None = None
+        """Taken when there is something to note before the end."""
 
     def answered(self, status: int, content_type: bytes, *, fixed: bool = False) -> bool:
         """The head of the answer that the client will get; whether its body is to be fed.
 
         `fixed`: its length stands in the head, and so nothing can be taken out of it.
         """
-        self._reader = self._whole = None
+        self._reader = None
         if 200 <= status < 300:
             if content_type.startswith(_EVENTS):
-                self._reader = StreamReader(
+                self._reader = self._stream = StreamReader(
                     self._task,
                     drop_final=self._plan.drop_final and not fixed,
                     drop_running=self._plan.drop_running and not fixed,
                     choices=self._plan.choices,
                     several=self._plan.several,
-                    note=self._note,
+                    note=self._first_note,
                 )
             elif content_type.startswith(_JSON):
                 self._reader = BodyReader()
         return self._reader is not None
 
-    def feed(self, data: bytes, last: bool = False) -> bytes:
-        """What the client gets of these bytes of the body; `last`: the answer ends with them."""
-        reader = self._reader
-        if reader is None:
-            return data
-        out = reader.feed(data, last)
-        if last:
-            # Before the client has it: whoever is killed in between has it counted.
-            used = self._whole = reader.used()
-            if used is not None and self._slot >= 0:
-                self._note(as_json(used))
-        return out
+    @property
+    def listens(self) -> bool:
+        """Whether the body is fed, as `answered` said."""
+        return self._reader is not None
+
+    def _first_note(self, usage: bytes) -> None:
+        journal, stream = self._journal, self._stream
+        assert stream is not None
+        stream.note = _ignore
+        if journal is not None:
+            slot = journal.open(self._opened)
+            if slot >= 0:
+                self._slot = slot
+                stream.note = partial(journal.running, slot)
+                stream.note(usage)
+
+    @property
+    def feed(self) -> Callable[[bytes, bool], bytes]:
+        """Gives the client's part of some bytes of the body; True: the answer ends with them."""
+        assert self._reader is not None
+        return self._reader.feed
 
     def used(self) -> Usage:
         """As far as anybody can tell."""
-        used = self._whole
-        if used is None and self._reader is not None:
-            used = self._reader.used()
+        used = self._reader.used() if self._reader is not None else None
         self.known = used is not None
         if used is None:
             return NOTHING
@@ -132,19 +133,17 @@ class Metered:
         """Ends it and leaves its record; `ended_at` is Unix seconds. What it used."""
         used = self.used()
         self._heard(self._opened.function, used)
-        if self._journal is not None and self._slot >= 0:
-            self._journal.finish(
-                self._slot,
-                record_of(
-                    self._opened,
-                    used,
-                    ended_at=ended_at,
-                    outcome=outcome,
-                    replica=replica,
-                    ttft_s=ttft_s,
-                ),
+        journal = self._journal
+        if journal is not None:
+            record = journal.record(
+                self._opened,
+                used,
+                ended_at=ended_at,
+                outcome=outcome,
+                replica=replica,
+                ttft_s=ttft_s,
             )
-            self._slot = -1
+            journal.finish(self._slot, record)
         return used
 
 

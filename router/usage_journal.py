@@ -179,13 +179,49 @@ class Journal:
             self._map[at : at + size] = usage
             _length_into(self._map, slot + _RUNNING_LENGTH_AT, size)
 
-    def finish(self, slot: int, record: UsageRecord) -> None:
-        """The record of a request that has ended; its journal and number are filled in here."""
-        self.seq += 1
-        data = _fitting(
-            msgspec.structs.replace(record, journal=self.name, seq=self.seq),
-            SLOT_BYTES - _RECORD_AT,
+    def record(
+        self,
+        opened: Opened,
+        used: Usage,
+        *,
+        ended_at: float,
+        outcome: str,
+        replica: str = "",
+        ttft_s: float | None = None,
+    ) -> UsageRecord:
+        """The next record to finish; times are Unix seconds."""
+        return UsageRecord(
+            journal=self.name,
+            seq=self.seq + 1,
+            id=opened.id,
+            tenant=opened.tenant,
+            key=opened.key,
+            function=opened.function,
+            revision=opened.revision,
+            replica=replica,
+            input_tokens=used.input_tokens,
+            cached_tokens=used.cached_tokens,
+            output_tokens=used.output_tokens,
+            cost_nano_usd=cost_nano_usd(opened.price, used),
+            estimated=used.estimated,
+            started_at=opened.started_at,
+            ttft_s=ttft_s,
+            duration_s=max(0.0, ended_at - opened.started_at),
+            outcome=outcome,
         )
+
+    def finish(self, slot: int | None, record: UsageRecord) -> None:
+        """The record of a request that has ended, numbered `seq` + 1 of this journal.
+
+        `slot`: of the request, where it has one.
+        """
+        if slot is None:
+            if not self._free and not self._more():
+                self.lost += 1
+                return
+            slot = self._free.pop()
+        self.seq += 1
+        data = _fitting(record, SLOT_BYTES - _RECORD_AT)
         at = slot + _RECORD_AT
         self._map[at : at + len(data)] = data
         _SLOT_HEAD.pack_into(self._map, slot, _FINISHED, 0, 0, len(data))
@@ -311,7 +347,7 @@ class Journal:
             opened = _decode_opened(self._map[at : at + opened_size])
         except msgspec.DecodeError:
             return None
-        return record_of(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
+        return self.record(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
 
 
 def _fitting(value: Opened | UsageRecord, size: int) -> bytes:
@@ -320,37 +356,6 @@ def _fitting(value: Opened | UsageRecord, size: int) -> bytes:
     if len(data) > size:
         data = _encode(msgspec.structs.replace(value, id=value.id[:48]))
     return data
-
-
-def record_of(
-    opened: Opened,
-    used: Usage,
-    *,
-    ended_at: float,
-    outcome: str,
-    replica: str = "",
-    ttft_s: float | None = None,
-) -> UsageRecord:
-    """The record of a request, without its number."""
-    return UsageRecord(
-        journal="",
-        seq=0,
-        id=opened.id,
-        tenant=opened.tenant,
-        key=opened.key,
-        function=opened.function,
-        revision=opened.revision,
-        replica=replica,
-        input_tokens=used.input_tokens,
-        cached_tokens=used.cached_tokens,
-        output_tokens=used.output_tokens,
-        cost_nano_usd=cost_nano_usd(opened.price, used),
-        estimated=used.estimated,
-        started_at=opened.started_at,
-        ttft_s=ttft_s,
-        duration_s=max(0.0, ended_at - opened.started_at),
-        outcome=outcome,
-    )
 
 
 def journals_in(folder: Path) -> list[Path]:

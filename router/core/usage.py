@@ -254,9 +254,9 @@ class StreamReader:
         "_held",
         "_last",
         "_mark",
-        "_note",
         "_several",
         "_shown",
+        "note",
     )
 
     def __init__(
@@ -269,7 +269,7 @@ class StreamReader:
         several: bool = False,
         note: Callable[[bytes], object] = lambda _: None,
     ) -> None:
-        self._note = note
+        self.note = note
         self._mark = _TEXT_EVENTS.get(task, _NO_MARK)
         self._drop_final = drop_final
         self._drop_running = drop_running
@@ -292,12 +292,16 @@ class StreamReader:
             if not self._last:
                 self._shown += data.count(self._mark)
             return data
-        if self._several or not self._first or data.find(b"\n\n", 0, -2) >= 0:
+        if self._several or data.find(b"\n\n", 0, -2) >= 0:
             return self._noted(data)
+        if not self._first:
+            if data[at + 8 : at + 9] != b"{":
+                return self._noted(data)
+            self._first = data
         # Nearly every call: one event, with its running usage at the end.
         self._last = data
         value_end = len(data) - 3
-        self._note(data[at + 8 : value_end])
+        self.note(data[at + 8 : value_end])
         if not self._drop_running:
             return self._rewritten(data) if self._drop_final else data
         if (
@@ -340,7 +344,7 @@ class StreamReader:
             elif _tells(event):
                 self._last = event
                 self._first = self._first or event
-                self._note(event[event.rfind(_NAME) + len(_NAME) :])
+                self.note(event[event.rfind(_NAME) + len(_NAME) :])
             elif not self._last:
                 self._shown += event.count(self._mark)
         if self._drop_final or self._drop_running:
@@ -375,7 +379,7 @@ class StreamReader:
             self._by_choice = {-1: _usage(answer.usage)}
         elif -1 not in self._by_choice:
             self._by_choice[answer.choices[0].index] = _usage(answer.usage)
-        self._note(as_json(self._sum()))
+        self.note(as_json(self._sum()))
 
     def used(self) -> Usage | None:
         if self._by_choice:
@@ -428,6 +432,12 @@ class Metering(NamedTuple):
 UNCHANGED: Final = Metering(None, drop_final=False, drop_running=False)
 
 
+_ASKED: Final = Metering(b'{"include_usage":true}', drop_final=True, drop_running=True)
+_ASKED_RUNNING: Final = _ASKED._replace(
+    stream_options=b'{"include_usage":true,"continuous_usage_stats":true}'
+)
+
+
 def metering(task: str, engine: str, request: Mapping[str, Any]) -> Metering:
     """What to ask of the engine so that a stream tells its usage, and what to take out again.
 
@@ -439,6 +449,8 @@ def metering(task: str, engine: str, request: Mapping[str, Any]) -> Metering:
     prompts = request.get("prompt")
     many = isinstance(prompts, list) and len(prompts) > 1 and not isinstance(prompts[0], int)
     several = many or choices > 1
+    if not several and request.get("stream_options") is None:
+        return _ASKED_RUNNING if engine in _RUNNING_USAGE else _ASKED
     unchanged = Metering(None, False, False, choices, several) if several else UNCHANGED
     wanted = request.get("stream_options") or {}
     if not isinstance(wanted, dict):

@@ -19,7 +19,7 @@ from reconciler.publish.ledger_file import open_document
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.usage_source import UsageSource
 from router.core.usage import Usage
-from router.usage_journal import Journal, Opened, record_of
+from router.usage_journal import Journal, Opened
 from router.usage_stream import UsageStream
 from schemas.wire.envelope import public_key_hex
 from schemas.wire.events import MonthToDate
@@ -41,7 +41,7 @@ def use(
     journal: Journal, tokens: int = 1, *, tenant: str = "team", at: float = NOON, price: float = 1.0
 ) -> None:
     opened = Opened("req", tenant, "k", "chat", "0" * 40, at, Price(output=price))
-    record = record_of(opened, Usage(0, 0, tokens), ended_at=at, outcome="ok")
+    record = journal.record(opened, Usage(0, 0, tokens), ended_at=at, outcome="ok")
     journal.finish(journal.open(opened), record)
 
 

@@ -11,7 +11,7 @@ from redis.exceptions import RedisError
 
 from router import usage_stream
 from router.core.usage import Usage
-from router.usage_journal import Journal, Opened, record_of
+from router.usage_journal import Journal, Opened
 from router.usage_stream import UsageStream
 from schemas.wire.events import UsageRecord
 from schemas.wire.redis_keys import USAGE_ACKED, USAGE_SENT, USAGE_STREAM
@@ -24,7 +24,7 @@ OPENED = Opened("req_1", "team", "k", "chat", "0" * 40, 100.0, Price(input=1.0))
 
 def use(journal: Journal, *tokens: int) -> None:
     for count in tokens:
-        record = record_of(OPENED, Usage(count, 0, 0), ended_at=101.0, outcome="ok")
+        record = journal.record(OPENED, Usage(count, 0, 0), ended_at=101.0, outcome="ok")
         journal.finish(journal.open(OPENED), record)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.core.usage import Usage
-from router.usage_journal import SLOT_BYTES, Journal, JournalBusy, Opened, record_of
+from router.usage_journal import SLOT_BYTES, Journal, JournalBusy, Opened
 from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Price
 
@@ -30,8 +30,9 @@ OPENED = Opened(
 USAGE = b'{"prompt_tokens":7,"completion_tokens":%d}'
 
 
-def record(output_tokens: int = 3) -> UsageRecord:
-    return record_of(OPENED, Usage(7, 0, output_tokens), ended_at=101.5, outcome="ok")
+def finish(journal: Journal, slot: int | None, output_tokens: int = 3) -> None:
+    used = Usage(7, 0, output_tokens)
+    journal.finish(slot, journal.record(OPENED, used, ended_at=101.5, outcome="ok"))
 
 
 def records(journal: Journal) -> list[UsageRecord]:
@@ -40,9 +41,9 @@ def records(journal: Journal) -> list[UsageRecord]:
 
 def test_a_record_says_who_used_what_and_what_it_cost():
     journal = Journal.create(None)
-    journal.finish(journal.open(OPENED), record())
+    finish(journal, journal.open(OPENED))
     (got,) = records(journal)
-    assert got == msgspec.structs.replace(record(), journal=journal.name, seq=1)
+    assert (got.journal, got.seq, got.output_tokens) == (journal.name, 1, 3)
     assert (got.cost_nano_usd, got.duration_s) == (7 * 1000 + 3 * 2000, 1.5)
     journal.close()
 
@@ -52,10 +53,10 @@ def test_what_a_killed_process_leaves_is_finished_by_another(tmp_path):
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {[str(Path.cwd())]!r}
-from tests.unit.router.test_usage_journal import OPENED, USAGE, record
+from tests.unit.router.test_usage_journal import OPENED, USAGE, finish
 from router.usage_journal import Journal
 journal = Journal.create(Path({str(tmp_path)!r}))
-journal.finish(journal.open(OPENED), record(5))
+finish(journal, journal.open(OPENED), 5)
 journal.open(OPENED)  # nothing of an answer came
 slot = journal.open(OPENED)
 for count in (1, 2, 12345, 40):
@@ -106,7 +107,7 @@ def test_only_what_redis_has_gives_way_where_room_runs_out(tmp_path):
     journal = Journal.create(tmp_path, max_slots=1024)
     slots = [journal.open(OPENED) for _ in range(1024)]
     assert journal.open(OPENED) == -1
-    journal.finish(slots[0], record())
+    finish(journal, slots[0])
     assert journal.open(OPENED) == -1
     assert journal.lost == 2
     journal.sent(1)
@@ -118,7 +119,7 @@ def test_only_what_redis_has_gives_way_where_room_runs_out(tmp_path):
 def test_it_grows_with_what_it_holds(tmp_path):
     journal = Journal.create(tmp_path)
     for count in range(3000):
-        journal.finish(journal.open(OPENED), record(count))
+        finish(journal, None, count)
     assert [each.output_tokens for each in records(journal)] == list(range(3000))
     (path,) = tmp_path.iterdir()
     journal.close()
@@ -133,10 +134,10 @@ def test_names_that_are_too_long_cost_the_id_alone():
     )
     slot = journal.open(long)
     used = Usage(7, 0, 3)
-    finished = record_of(long, used, ended_at=1.0, outcome="ok", replica="x" * 300)
+    finished = journal.record(long, used, ended_at=1.0, outcome="ok", replica="x" * 300)
     journal.finish(slot, finished)
     (got,) = records(journal)
-    assert got == msgspec.structs.replace(finished, journal=journal.name, seq=1, id=got.id)
+    assert got == msgspec.structs.replace(finished, id=got.id)
     journal.close()
 
 
@@ -162,7 +163,7 @@ class Model(RuleBasedStateMachine):
     def finish(self, tokens):
         slot, _ = self.open.popitem()
         self.journal.running(slot, USAGE % tokens)
-        self.journal.finish(slot, record(tokens))
+        finish(self.journal, slot, tokens)
         self.finished.append(tokens)
 
     @precondition(lambda self: self.open)
