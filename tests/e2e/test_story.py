@@ -191,16 +191,17 @@ def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:
         return dict(one)
 
     first = answered()
-    before = eventually_sync(lambda: explained(first))
+    before = eventually_sync(lambda: explained(first), timeout_s=60)
     assert before["policy"] == "expected-latency"
     assert before["policySince"] == before["revision"]
     assert len(before["candidates"]) == 2
     weights = "routing:\n    policy: least-load\n  scaling:"
     commit = up.replace(CHAT, "scaling:", weights, "Route chat by load alone")
-    eventually_sync(lambda: explained(answered())["policy"] == "least-load")
+    eventually_sync(lambda: explained(answered())["policy"] == "least-load", timeout_s=60)
     up.replace(CHAT, "minReplicas: 2", "minReplicas: 1", "Shrink chat")
     after = eventually_sync(
-        lambda: (found := explained(answered()))["revision"] != commit and found
+        lambda: (found := explained(answered()))["revision"] != commit and found,
+        timeout_s=60,
     )
     assert after["policySince"] == commit
 
