@@ -109,7 +109,8 @@ class Settings(BaseModel):
     sessions: Annotated[int, Field(ge=1)] = 50_000
     """Conversations that it remembers the replica of; about 300 bytes each."""
     secret_file: Path | None = None
-    """A secret that all routers of a fleet share, for the hashes of sessions that they tell one another.
+    """A secret that all routers of a fleet share, for the hashes of sessions that they tell one another,
+    and for tenants' salts in engines' caches.
     Unset: made from the public key of routes, which all of them have."""
     shadow_requests: Annotated[int, Field(ge=0)] = 64
     """Copies for shadow deployments that may run at once; beyond it copies are left out."""

@@ -29,6 +29,7 @@ from reconciler.publish.valkey import EmbeddedValkey
 from reconciler.up.api_key import api_key_for
 from reconciler.up.children import Child
 from reconciler.up.config_repo import open_or_create
+from reconciler.up.fleet_secret import secret_file
 from reconciler.up.progress import Ready, Screen, all_live, deployment_lines
 from reconciler.up.skypilot import local_server
 from schemas.function import Function
@@ -133,6 +134,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
                 *("--host", settings.host, "--port", str(port), "--admin-port", "0"),
                 *("--redis-url", redis_url, "--routes-public-key", assembly.public_key),
                 *("--state-dir", str(state_dir / "router")),
+                *("--secret-file", str(secret_file(state_dir))),
             ],
             state_dir=state_dir,
             env=dict(os.environ),
