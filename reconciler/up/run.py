@@ -155,7 +155,9 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
         async with asyncio.TaskGroup() as group:
             routing = group.create_task(child.run())
             following = group.create_task(agent.run())
-            reconciling = group.create_task(assembly.run(stop))
+            # It goes on until the router has said what its last requests used.
+            routed = asyncio.Event()
+            reconciling = group.create_task(assembly.run(routed))
             if await _until(router.listening, stop):
                 screen.step(f"router at {router.url}")
             while not stop.is_set() and not (newest and all_live(newest[0])):
@@ -179,6 +181,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
             await routing
             await agent.stop()
             await following
+            routed.set()
             await reconciling
             screen.step("stopping: engines")
             await assembly.stop_engines()
