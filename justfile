@@ -66,7 +66,7 @@ bench:
 bench-router *args:
     python tests/bench/bench_router.py "$@"
 
-# Where routers send what, beside the same peers, over any trace in Mooncake's format; some 20 minutes, --quick three
+# Where routers send what, beside the same peers, over any trace in Mooncake's format; half an hour, --quick three minutes
 bench-routing *args:
     python tests/bench/bench_routing.py "$@"
 

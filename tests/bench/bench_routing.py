@@ -7,7 +7,7 @@ rate as the engines saw it beside that of one pooled cache, time to the first to
 seconds, the hotspot factor (work of the busiest engine over the mean), errors. Loads are shares of
 what the fleet could compute if it cached nothing. Engines' time runs --speed times faster than ours,
 so what a router itself takes weighs as much more. A peer that cannot be had is named, and the others
-go on. Asserts nothing. Some 20 minutes; --quick takes three.
+go on. Asserts nothing. Some half an hour; --quick takes three minutes.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--processes", type=lambda t: [int(n) for n in t.split(",")], default=[1, 4]
     )
-    parser.add_argument("--speed", type=float, default=10.0)
+    parser.add_argument("--speed", type=float, default=5.0)
     parser.add_argument("--attention", type=float, default=0.0, help="of modelled_engines.py")
     parser.add_argument("--only", action="store_true", help="only the trace, not the hard cases")
     parser.add_argument(
