@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -123,6 +122,15 @@ class LabSite(Site):
             f"{await self.jobs()}; {self.log()[-3000:]}"
         )
 
+    async def remove(self, names: list[str]) -> None:
+        """Deletes these deployments by one commit that says so, and waits until nothing is left."""
+        self.repo.commit(
+            {f"deployments/{name}.yaml": None for name in names},
+            f"Remove all\n\nDetoserve-Confirm-Deletions: {len(names)} {self.repo.head}",
+        )
+        for name in names:
+            await self.emptied(name)
+
     async def emptied(self, name: str, *, timeout_s: float = 400) -> None:
         """Nothing of a deployment is left: no route, no service, no job."""
         await self.reaches(f"{name} has no route", lambda r: not r.get(name), timeout_s=timeout_s)
@@ -135,9 +143,6 @@ class LabSite(Site):
             assert time.monotonic() - began < timeout_s, (left, held, self.log()[-3000:])
             await asyncio.sleep(1)
         self.say(f"{name} is in neither SkyPilot nor Slurm: {time.monotonic() - began:.0f} s")
-
-    def doubled(self, rows: list[Job]) -> list[str]:
-        return [name for name, count in Counter(job.name for job in rows).items() if count > 1]
 
 
 @asynccontextmanager

@@ -95,9 +95,6 @@ async def test_the_life_of_deployments(lab: Lab, tmp_path: Path) -> None:
         site.say(f"{len(clients.asked)} requests meanwhile, none failed")
         assert (await site.routed())["small"] == born["small"]
 
-        for name in ("small", "busy", "chat"):
-            site.repo.commit({f"deployments/{name}.yaml": None})
-        for name in ("small", "busy", "chat"):
-            await site.emptied(name)
+        await site.remove(["small", "busy", "chat"])
         assert await site.services() == {}
         assert "Traceback" not in site.log()

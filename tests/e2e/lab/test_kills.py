@@ -70,12 +70,7 @@ async def test_killed_at_every_step_each_deployment_is_there_once(lab: Lab, tmp_
             assert len(ups) == len(names)
             assert set(ups.values()) == {1}, ups
 
-            site.repo.commit(
-                dict.fromkeys(files),
-                f"Remove all\n\nDetoserve-Confirm-Deletions: {len(names)} {site.repo.head}",
-            )
-            for name in names:
-                await site.emptied(name)
+            await site.remove(names)
             assert set(killed) == {*CREATE, *DELETE}, killed
             reviving.cancel()
         assert await site.services() == {}
