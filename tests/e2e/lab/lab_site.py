@@ -52,6 +52,11 @@ def deployment(name: str) -> str:
     )
 
 
+def counts(**wanted: int) -> Callable[[dict[str, set[str]]], bool]:
+    """Whether so many replicas of each are routed to."""
+    return lambda routed: all(len(routed.get(name, ())) == n for name, n in wanted.items())
+
+
 class LabSite(Site):
     """`api_url`: where the reconciler is told that SkyPilot is."""
 
@@ -153,6 +158,9 @@ async def lab_site(folder: Path, lab: Lab) -> AsyncIterator[LabSite]:
             yield site
         finally:
             await site.close()
+            # A test that failed leaves its services; the next one wants the nodes.
+            if left := list(await site.services()):
+                await asyncio.to_thread(lab.run, "sky", "serve", "down", "--yes", *left)
 
 
 @asynccontextmanager

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.lab.lab import Lab
-from tests.e2e.lab.lab_site import deployment, function, lab_site, routed_traffic
+from tests.e2e.lab.lab_site import counts, deployment, function, lab_site, routed_traffic
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skypilot, pytest.mark.timeout(3600)]
 
 
 BY_LOAD = ", maxReplicas: 3, metric: concurrency, target: 2, upscaleDelay: 2s, downscaleDelay: 30s"
-
-
-def counts(**wanted: int) -> Callable[[dict[str, set[str]]], bool]:
-    """Whether so many replicas of each are routed to."""
-    return lambda routed: all(len(routed.get(name, ())) == n for name, n in wanted.items())
 
 
 async def test_the_life_of_deployments(lab: Lab, tmp_path: Path) -> None:
