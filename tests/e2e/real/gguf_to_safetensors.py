@@ -32,6 +32,8 @@ def convert(weights: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, default=str))
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # engines may run as another user
 
 
 if __name__ == "__main__":
