@@ -38,6 +38,7 @@ class Traffic:
             "model": model,
             "messages": [{"role": "user", "content": text}],
             "max_tokens": max_tokens,
+            "temperature": 0,
             "stream": True,
         }
         try:
