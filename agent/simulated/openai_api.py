@@ -206,6 +206,9 @@ class OpenAIApi:
             await self._all_ended(sequences, wake)
             whole = form.whole(delivery.pieces(), delivery.usage())
             response = await self._send(request, whole, cut)
+            # Written here, so that it counts only if it went out.
+            await response.prepare(request)
+            await response.write_eof()
             self._state.handed_out(request_id(request), delivery.usage())
             return response
         finally:

@@ -339,9 +339,14 @@ async def test_the_ledger_is_what_engines_produced_to_the_token(tmp_path):
     fates: dict[str, int] = {}
     for asked in answers:
         records = by_id.get(asked.id)
-        fate = judge(asked, records[0] if records else None, fleet)
+        try:
+            fate = judge(asked, records[0] if records else None, fleet)
+        except AssertionError as error:
+            fate = "wrong"
+            print(error)
         fates[fate] = fates.get(fate, 0) + 1
     print(f"\n{len(answers)} requests: {fates}")
+    assert "wrong" not in fates
     assert fates["whole"] > REQUESTS / 4
     assert fates["left"]
     assert fates.get("router killed", 0) + fates.get("engine killed", 0)
