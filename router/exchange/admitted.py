@@ -31,7 +31,7 @@ class Admitted(Asked, eq=False):
             return
         answer = limiter.admit_now(self._principal, function, *self._estimated())
         if answer is None:
-            self._later(self._enter_later())
+            self._later(self._enter_later)
         else:
             self._entered(answer)
 

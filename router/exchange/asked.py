@@ -44,7 +44,7 @@ class Asked(Stage, eq=False):
         if encoding in _PLAIN:
             self._resolve()
         elif encoding in _ENCODINGS:
-            self._later(self._inflate())
+            self._later(self._inflate)
         else:
             raise Refused(errors.UNSUPPORTED_ENCODING)
 

@@ -88,7 +88,7 @@ class Attempts(Chosen, eq=False):
         assert self._pool is not None
         connection = self._pool.take()
         if connection is None:
-            self._later(self._connect(self._pool))
+            self._later(self._connect, self._pool)
         else:
             self._use(connection)
 

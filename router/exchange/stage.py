@@ -6,7 +6,7 @@ Not here: what any of them does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -150,12 +150,13 @@ class Stage(msgspec.Struct, eq=False):
 
     # What has to wait.
 
-    def _later(self, waiting: Coroutine[Any, Any, None]) -> None:
-        self._task = self._proxy.loop.create_task(self._guarded(waiting))
+    def _later(self, waiting: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
+        # Called within the task: one that is cancelled before it begins leaves nothing behind.
+        self._task = self._proxy.loop.create_task(self._guarded(waiting, *args))
 
-    async def _guarded(self, waiting: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, waiting: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
         try:
-            await waiting
+            await waiting(*args)
         except Refused as refused:
             self._refuse(refused.refusal)
         except Exception as error:  # noqa: BLE001 - nobody awaits this task
