@@ -139,7 +139,13 @@ class Exchange(Attempts, eq=False):
         connection, relay, proxy = self._connection, self._relay, self._proxy
         if connection is None or relay is None or relay.complete or not proxy.meter.wanted:
             return
-        metered = self._metered or self._meter()
+        metered = self._metered
+        if metered is None:
+            metered = self._meter()
+            head = relay.head
+            # The head may have come alone, before any of the body.
+            if metered is not None and head is not None:
+                metered.answered(head.status, head.content_type)
         if metered is not None:
             self._connection = None
             self._settled = True

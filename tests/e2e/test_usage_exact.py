@@ -15,6 +15,7 @@ import re
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import aiohttp
@@ -97,7 +98,8 @@ class Fleet:
     routers: list[tuple[int, Program]] = field(default_factory=list)
     stacks: list[AsyncExitStack] = field(default_factory=list)
     lives: int = 0
-    killed_routers: set[int] = field(default_factory=set)
+    killed_at: dict[int, float] = field(default_factory=dict)
+    """Life of a router -> when it was killed."""
     handed: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     done_at: dict[str, float] = field(default_factory=dict)
     generation: int = 0
@@ -178,7 +180,7 @@ class Fleet:
     async def kill_a_router(self) -> None:
         place = self.chance.randrange(len(self.routers))
         life, router = self.routers[place]
-        self.killed_routers.add(life)
+        self.killed_at[life] = time.monotonic()
         router.process.kill()
         await self.start_router(place)
 
@@ -247,7 +249,8 @@ def judge(asked: Asked, record: UsageRecord | None, fleet: Fleet) -> str:
         + 50 * record.cached_tokens
         + 1500 * record.output_tokens
     )
-    if asked.router in fleet.killed_routers and not asked.whole:
+    killed_at = fleet.killed_at.get(asked.router, inf)
+    if killed_at < fleet.done_at[asked.id] + SETTLED_S and not asked.whole:
         # Killed while it served: at least what the client has, at most what the engine gave.
         assert asked.tokens <= billed
         assert not told or billed <= max(output for _, output, _ in told)

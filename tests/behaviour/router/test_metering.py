@@ -155,6 +155,31 @@ async def test_answers_in_one_piece_and_embeddings_are_counted(tmp_path):
         assert "detoserve_router_usage_kept 4.0" in page
 
 
+async def test_a_client_that_leaves_between_head_and_body_pays_for_the_body(tmp_path):
+    head_sent = asyncio.Event()
+
+    async def answer(reader, writer):
+        await reader.readuntil(b"}]")
+        writer.write(SSE_HEAD)
+        head_sent.set()
+        await reader.read()
+        said = b'{"choices":[{"index":0}],"usage":{"prompt_tokens":7,"completion_tokens":2}}'
+        writer.write(chunk(b"data: " + said + b"\n\n"))
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, metered(tmp_path, function(url)) as (router, redis):
+        port = int(router.url.rpartition(":")[2])
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post(json.dumps(body(stream=True)).encode()))
+        await head_sent.wait()
+        await asyncio.sleep(0.05)  # for the router to have it, which nothing outside can see
+        writer.close()
+        (record,) = await records(redis, 1)
+        assert (record.input_tokens, record.output_tokens) == (7, 2)
+
+
 @pytest.mark.parametrize("choices", [1, 3])
 async def test_a_client_that_leaves_pays_for_what_was_sent_and_no_more(tmp_path, choices):
     """The engine's own words, up to the last that it had sent when it heard."""
