@@ -192,6 +192,8 @@ class Router:
             meter=Meter(self._journal, tokens.used),
             salt_key=derived(secret, "cache salts"),
         )
+        if self._redis is not None:
+            self._tasks.append(loop.create_task(self.proxy.usage_months.run(self._redis)))
         self._stack.callback(self.proxy.queues.close)
         self.metrics.registry.register(LimitMetrics(self.limiter, self.proxy.queues))
         self._clients = ClientServer(

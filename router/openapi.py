@@ -128,6 +128,12 @@ def document() -> dict[str, Any]:
         ],
         responses=_errors("400", "401", "403", "404", "429", "503"),
     )
+    paths["/v1/usage"] = _own(
+        "usage_of_the_month",
+        "What the key's tenant has used this month, by the ledger. For keys with the scope `usage`.",
+        key=True,
+        responses=_errors("400", "401", "403", "429", "503"),
+    )
     for methods, endpoint in STORED:
         for method in sorted(methods):
             paths.setdefault(endpoint.path, {})[method.lower()] = _stored(method, endpoint)

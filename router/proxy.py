@@ -35,6 +35,7 @@ from router.shadow import Shadows
 from router.signals import Signals
 from router.state import RouterState
 from router.upstream.connection import Connection
+from router.usage_months import UsageMonths
 from schemas.api_keys import PREFIX
 from schemas.wire.routing import Function, Tenant
 
@@ -103,6 +104,7 @@ class Proxy:
         self.sessions = sessions
         self.shadows = shadows
         self.decisions = decisions
+        self.usage_months = UsageMonths()
         self.loop = asyncio.get_running_loop()
         self.deadlines = Deadlines()
         self.listening: set[LastWords] = set()
@@ -119,7 +121,7 @@ class Proxy:
         return record
 
     def authenticate(
-        self, request: Request, record: RequestRecord
+        self, request: Request, record: RequestRecord, scope: str = "inference"
     ) -> tuple[Snapshot, ClientHeaders, Principal]:
         """Who asks, by the table of this moment.
 
@@ -140,7 +142,7 @@ class Proxy:
             wait_s = self.auth_failures.wait_s(request.address, now)
             if wait_s:
                 raise Refused(errors.too_many_failures(wait_s))
-        principal = authenticate(snapshot, token, now, self.state.fresh_at)
+        principal = authenticate(snapshot, token, now, self.state.fresh_at, scope)
         if isinstance(principal, Refusal):
             if principal is errors.INVALID_API_KEY:
                 wait_s = self.auth_failures.wait_s(request.address, now)

@@ -134,6 +134,8 @@ class Api:
             return 200, _OPENAPI
         if path == "/v1/models":
             return self._models(request, record)
+        if path == "/v1/usage":
+            return self._usage(request, record)
         return self._one_model(request, record, unquote(path[len(MODEL_PREFIX) :]))
 
     def _models(self, request: Request, record: RequestRecord) -> tuple[int, bytes]:
@@ -145,6 +147,13 @@ class Api:
                 if name not in listed and snapshot.resolve(principal.tenant, name) is function:
                     listed[name] = _model(function, name, created)
         return 200, orjson.dumps({"object": "list", "data": list(listed.values())})
+
+    def _usage(self, request: Request, record: RequestRecord) -> tuple[int, bytes]:
+        _, _, principal = self._proxy.authenticate(request, record, scope="usage")
+        used = self._proxy.usage_months.of(principal.tenant.name)
+        if used is None:
+            raise Refused(errors.USAGE_UNKNOWN)
+        return 200, orjson.dumps(used)
 
     def _one_model(self, request: Request, record: RequestRecord, name: str) -> tuple[int, bytes]:
         snapshot, _, principal = self._proxy.authenticate(request, record)

@@ -85,7 +85,9 @@ def stored(method: str, path: str) -> Endpoint | None:
 PASSED: Final[dict[str, Endpoint]] = {endpoint.path: endpoint for endpoint in _ENDPOINTS}
 """Path -> endpoint; all of them take POST."""
 
-OWN: Final[frozenset[str]] = frozenset({"/v1/models", "/health", "/ready", "/openapi.json"})
+OWN: Final[frozenset[str]] = frozenset(
+    {"/v1/models", "/v1/usage", "/health", "/ready", "/openapi.json"}
+)
 """Paths that the router answers itself; all of them take GET. So does /v1/models/<name>."""
 
 MODEL_PREFIX: Final = "/v1/models/"

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from router.core.errors import (
     INSUFFICIENT_SCOPE,
     INVALID_API_KEY,
+    NOT_FOR_USAGE,
     TABLE_STALE,
     TENANT_SUSPENDED,
     Refusal,
@@ -49,9 +50,13 @@ def _find(snapshot: Snapshot, token: bytes, digest: bytes) -> KeyEntry | None:
 
 
 def authenticate(
-    snapshot: Snapshot, token: bytes | None, now: float, fresh_at: float
+    snapshot: Snapshot,
+    token: bytes | None,
+    now: float,
+    fresh_at: float,
+    scope: str = "inference",
 ) -> Principal | Refusal:
-    """The tenant and key behind a token.
+    """The tenant and key behind a token that may do what `scope` says.
 
     `now` and `fresh_at` are Unix seconds; `fresh_at` is when the table was last known to be
     current. Whatever is wrong with a key, the answer is the same 401.
@@ -70,6 +75,6 @@ def authenticate(
         return INVALID_API_KEY
     if entry.tenant.suspended:
         return TENANT_SUSPENDED
-    if "inference" not in key.scopes:
-        return INSUFFICIENT_SCOPE
+    if scope not in key.scopes:
+        return INSUFFICIENT_SCOPE if scope == "inference" else NOT_FOR_USAGE
     return Principal(entry.tenant, key)

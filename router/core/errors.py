@@ -97,6 +97,19 @@ INSUFFICIENT_SCOPE = Refusal(
     403, "This API key may not run models.", "permission_error", "insufficient_scope"
 )
 
+NOT_FOR_USAGE = Refusal(
+    403, "This API key may not read usage.", "permission_error", "insufficient_scope"
+)
+
+USAGE_UNKNOWN = Refusal(
+    503,
+    "What was used this month is not known here yet.",
+    "server_error",
+    "usage_unknown",
+    retry_after_s=5,
+    retry=True,
+)
+
 NOT_FOR_DEBUGGING = Refusal(
     403,
     "`x-detoserve-replica` needs an API key with the scope `debug`.",
