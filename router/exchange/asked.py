@@ -110,6 +110,7 @@ class Asked(Stage, eq=False):
             raise Refused(errors.nothing_stored(self._request.path[:300]))
         self._function, keeper = keepers[0]
         self._candidates = (keeper,)
+        self._sent_body = self._body
         self._enter()
 
     def _ask_function(self) -> None:

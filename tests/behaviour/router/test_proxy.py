@@ -440,6 +440,9 @@ async def test_what_an_engine_stores_is_reached_where_it_serves_one_tenant_alone
                 request = post(b"", path=path).replace(b"POST", method.encode(), 1)
                 assert b" 200 " in await raw(router.port, request)
                 assert own.received[-1].line == f"{method} {path} HTTP/1.1".encode()
+            update = b'{"metadata":{"a":"b"}}'
+            assert b" 200 " in await raw(router.port, post(update, path="/v1/chat/completions/c-1"))
+            assert own.received[-1].body == update
             assert shared.received == []
             # Two tenants on one engine: neither may look.
             both = Arm(
