@@ -168,7 +168,9 @@ def test_routers_hear_what_engines_hold(start_up: Callable[..., Up]) -> None:
         lambda: max(up.metric(ready, "detoserve_router_index_blocks").values()) > 30
     )
     assert set(up.metric(ready, "detoserve_router_cache_trust").values()) == {1.0}
-    assert set(up.metric(ready, "detoserve_router_engine_events").values()) == {1.0}
+    assert eventually_sync(
+        lambda: set(up.metric(ready, "detoserve_router_engine_events").values()) == {1.0}
+    )
 
 
 def test_every_answer_can_be_explained(start_up: Callable[..., Up]) -> None:
