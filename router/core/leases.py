@@ -191,8 +191,8 @@ def take(wants: Wants, amounts: Amounts, now: float) -> bool:
     for share, unit in wants:
         amount = amounts[unit]
         left = share.pool - amount
-        if left < 0 or share.pool_until <= now:
-            break
+        if amount and (left < 0 or share.pool_until <= now):
+            break  # what costs nothing needs no lease: a free model under a budget in USD
         share.pool = left
         share.used += amount
     else:

@@ -204,6 +204,19 @@ async def test_a_budget_is_reserved_settled_and_warned_of(valkey):
         await eventually(full)
 
 
+async def test_what_costs_nothing_asks_nobody_under_a_budget_in_usd(valkey):
+    who = principal(limits=Limits(requests_per_minute=10**6), budget=Budget(monthly_usd=100.0))
+    what = function()
+    async with limiters(valkey.url, who, what) as (one,):
+        for _ in range(30):  # until enough is leased
+            answer = await one.admit(who, what, 10, 10)
+            assert isinstance(answer, Admission)
+            answer.settle(10, 10, 0.0)
+        answer = one.admit_now(who, what, 10, 10)
+        assert isinstance(answer, Admission)
+        answer.release()
+
+
 @pytest.mark.parametrize("role", ["requests", "concurrent"])
 async def test_a_hanging_redis_delays_nobody_for_long_and_opens_nothing(valkey, role):
     limits = {"requests_per_minute": 90} if role == "requests" else {"concurrent": 90}
