@@ -11,7 +11,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -37,18 +37,6 @@ class _Head(Event, frozen=True, kw_only=True):
     router: str
     seq: int
     to: str = ""
-
-
-class Part(Protocol):
-    """Something else that travels with the messages: bytes by name, whatever they mean."""
-
-    def take(self, *, full: bool) -> bytes:
-        """What to tell now; empty: nothing. `full`: some of the others may be new."""
-        ...
-
-    def receive(self, router: str, data: bytes) -> None:
-        """What another router's part of the same name told. Bad data is for it to refuse."""
-        ...
 
 
 class Sharing:
@@ -81,7 +69,6 @@ class Sharing:
         self._learn = learn
         self._now = now
         self._channels: list[Channel] = []
-        self._parts: dict[str, Part] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._told_at = 0.0
         self._read_head = msgspec.msgpack.Decoder(_Head).decode
@@ -97,11 +84,6 @@ class Sharing:
     def lost(self) -> dict[str, int]:
         """Messages that did not leave, by channel."""
         return {channel.name: channel.lost for channel in self._channels}
-
-    def add_part(self, name: str, part: Part) -> Callable[[], None]:
-        """Lets something travel along. What is returned says that there is something to tell."""
-        self._parts[name] = part
-        return self._due
 
     # For every request
 
@@ -136,8 +118,7 @@ class Sharing:
             self._timer.cancel()
             self._timer = None
         self._told_at = self._loop.time()
-        parts = {name: data for name, part in self._parts.items() if (data := part.take(full=full))}
-        for batch in self._journal.batches(self._names, self._now(), full=full, parts=parts):
+        for batch in self._journal.batches(self._names, self._now(), full=full):
             self._send(batch)
 
     def _send(self, batch: LoadBatch) -> None:
@@ -163,10 +144,6 @@ class Sharing:
             return
         self.received += 1
         is_new = self.peers.receive(batch, self._slots, self._learn, self._now())
-        for name, told in batch.parts.items():
-            part = self._parts.get(name)
-            if part is not None:
-                part.receive(batch.router, told)
         if is_new:
             self.alone = False
             self.flush(full=True)

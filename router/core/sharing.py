@@ -98,7 +98,6 @@ class Journal:
         now: float,
         *,
         full: bool,
-        parts: Mapping[str, bytes] | None = None,
     ) -> list[LoadBatch]:
         """The messages that tell it, and everything that is on any replica with `full`.
 
@@ -122,7 +121,6 @@ class Journal:
             loads=loads,
             cached=chains[0] if chains else (),
             samples=samples,
-            parts=dict(parts or {}),
         )
         rest = [LoadBatch(router=self.router, seq=self._next(), cached=c) for c in chains[1:]]
         self.forget()

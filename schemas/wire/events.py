@@ -147,8 +147,6 @@ class LoadBatch(Event, frozen=True, kw_only=True):
     loads: tuple[ReplicaLoad, ...] = ()
     cached: tuple[Cached, ...] = ()
     samples: tuple[PrefillSample, ...] = ()
-    parts: dict[str, bytes] = msgspec.field(default_factory=dict)
-    """What others of a router's parts tell theirs, by name."""
 
 
 class UsageRecord(Event, frozen=True, kw_only=True):
