@@ -110,15 +110,20 @@ class Proxy:
         self.listening: set[LastWords] = set()
         """To engines whose clients have left."""
 
-    def record(self, request: Request, operation: str) -> RequestRecord:
-        """A new record with ids of its own."""
+    def record(self, request: Request, operation: str, *, traced: bool = True) -> RequestRecord:
+        """A new record with ids of its own. Whoever does not let it be `traced` yet calls `trace`."""
         decision = f"{self.state.chance.getrandbits(64):016x}"
         record = RequestRecord(
             request.target, operation, perf_counter(), "req_" + decision, decision
         )
+        if traced:
+            self.trace(request, record)
+        return record
+
+    def trace(self, request: Request, record: RequestRecord) -> None:
+        """Begins its spans, where requests are traced."""
         if self.tracing is not None:
             record.trace = self.tracing.begin(request, record)
-        return record
 
     def authenticate(
         self, request: Request, record: RequestRecord, scope: str = "inference"

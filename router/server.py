@@ -95,20 +95,18 @@ class Api:
 
     def look_at_head(self, request: Request) -> Refusal | bool:
         """Whoever has no key need not send a body, and must not fill memory with it."""
-        record = self._proxy.record(request, "")
+        proxy, limit = self._proxy, self._proxy.settings.max_body_bytes
+        # Once its body is there the request has a record of its own: two would be two traces.
+        record = proxy.record(request, "", traced=False)
         try:
-            _, headers, _ = self._proxy.authenticate(request, record)
+            _, headers, _ = proxy.authenticate(request, record)
+            if headers.length is not None and headers.length > limit:
+                raise Refused(too_large(limit))  # noqa: TRY301 - turned away like the others
         except Refused as refused:
-            self._proxy.refused(refused.refusal, record)
-            self._proxy.over(record)
+            proxy.trace(request, record)
+            proxy.refused(refused.refusal, record)
+            proxy.over(record)
             return refused.refusal
-        length = headers.length
-        limit = self._proxy.settings.max_body_bytes
-        if length is not None and length > limit:
-            refusal = too_large(limit)
-            self._proxy.refused(refusal, record)
-            self._proxy.over(record)
-            return refusal
         return headers.expects_continue
 
     def _own(self, request: Request, record: RequestRecord) -> tuple[int, bytes]:
