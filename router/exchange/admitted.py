@@ -5,7 +5,7 @@ Not here: counting what it used (exchange).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 
 from msgspec.structs import replace
@@ -17,6 +17,7 @@ from router.core.pick import full
 from router.core.snapshot import Candidate
 from router.exchange.asked import Asked
 from router.limiter import Admission
+from schemas.wire.routing import Function
 
 
 class Admitted(Asked, eq=False):
@@ -65,8 +66,12 @@ class Admitted(Asked, eq=False):
             )
         ):
             raise Refused(errors.at_capacity(function.name))
-        place = proxy.queues.enter(
-            function, self._principal.tenant, sum(self._estimated()), self._try, self._refuse
+        self._line_up(function, self._try)
+
+    def _line_up(self, function: Function, try_: Callable[[], bool]) -> None:
+        """Takes a place in the queue of a function; `try_` is called when it is its turn."""
+        place = self._proxy.queues.enter(
+            function, self._principal.tenant, sum(self._estimated()), try_, self._refuse
         )
         if isinstance(place, Refusal):
             raise Refused(place)
@@ -88,16 +93,7 @@ class Admitted(Asked, eq=False):
         if self._functions:
             raise Refused(errors.no_replica(function.name))
         policy = replace(function.policy, queue_max_wait_s=function.wake_wait_s)
-        place = proxy.queues.enter(
-            replace(function, policy=policy),
-            self._principal.tenant,
-            sum(self._estimated()),
-            self._try_awake,
-            self._refuse,
-        )
-        if isinstance(place, Refusal):
-            raise Refused(place)
-        self._place = place
+        self._line_up(replace(function, policy=policy), self._try_awake)
 
     def _try_awake(self) -> bool:
         """Its turn, if the newest table has a replica for it."""
