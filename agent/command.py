@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
-import signal
 import socket
 import ssl
 from contextlib import AsyncExitStack
@@ -34,6 +32,7 @@ from agent.finding.table import RoutedReplicas
 from agent.publishing import Sink
 from agent.publishing.to_redis import ToRedis
 from agent.publishing.to_routers import ToRouters
+from agent.signals import stop_on_signals
 from schemas.wire.envelope import public_key_from_hex
 from schemas.wire.token_blocks import KEY_BYTES
 
@@ -225,15 +224,7 @@ def _print(**line: object) -> None:
 async def _serve(settings: _Settings) -> None:
     """Runs until SIGTERM or SIGINT; a second one ends it at once."""
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    stop = stop_on_signals()
     async with AsyncExitStack() as stack:
         directory: Directory
         sink: Sink

@@ -14,13 +14,13 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 from typing import Annotated
 
 import typer
 import uvloop
 
+from agent.signals import stop_on_signals
 from agent.simulated.faults import FaultPlan, parse_assignments
 from agent.simulated.server import running_engine
 from agent.simulated.settings import EngineSettings, EventFormat, KVEventSettings
@@ -227,16 +227,7 @@ def _speed(text: str) -> float:
 
 async def serve(settings: EngineSettings) -> int:
     """Runs an engine until a signal ends it; returns the exit code."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-
-    def on_signal(number: int) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    stop = stop_on_signals()
 
     if settings.start_delay_s:
         _LOG.info("ready in %g s", settings.start_delay_s)
