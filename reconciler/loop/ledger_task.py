@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
@@ -17,8 +16,8 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from reconciler.again import backoff_s
 from reconciler.core import ledger as core
-from reconciler.core.backoff import delay_s
 from reconciler.core.ledger import CURSOR_PATH, Ledger, LedgerInvalid
 from reconciler.errors import Fenced, ReconcileError, Stalled
 from reconciler.loop.ports import Leadership
@@ -99,12 +98,10 @@ class LedgerTask:
                 failures = 0
             except ReconcileError as error:
                 failures += 1
-                pause_s = delay_s(
+                pause_s = backoff_s(
                     failures,
                     base_s=1.0,
                     cap_s=60.0,
-                    jitter_fraction=0.2,
-                    random_value=random.random(),
                 )
                 log.warning("usage not committed, next try in %.0f s: %s", pause_s, error)
             except Exception:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from reconciler.again import backoff_s
 from reconciler.backends.base import Backend
 from reconciler.core.action import Delete, Effect, Noop, Plan
-from reconciler.core.backoff import delay_s
 from reconciler.core.compile import compile_workloads, places_of, platform_of
 from reconciler.core.config import ObjectKey
 from reconciler.core.last_good import Effective, Objects, effective
@@ -256,12 +255,10 @@ class Reconciler:
             reading = done.result()
         except ReconcileError as error:
             self._fetch_failures += 1
-            pause_s = delay_s(
+            pause_s = backoff_s(
                 self._fetch_failures,
                 base_s=FETCH_AGAIN_BASE_S,
                 cap_s=FETCH_AGAIN_CAP_S,
-                jitter_fraction=0.2,
-                random_value=random.random(),
             )
             self._fetch_again_at = self._clock() + pause_s
             self._source_has(str(error))
@@ -527,9 +524,7 @@ class Reconciler:
         else:
             memory.failures.pop(name, None)
             return
-        pause_s = delay_s(
-            count + 1, base_s=base_s, cap_s=600.0, jitter_fraction=0.2, random_value=random.random()
-        )
+        pause_s = backoff_s(count + 1, base_s=base_s, cap_s=600.0)
         log.warning("%s: %s; next try in %.0f s", name, reason, pause_s)
         until = self._clock() + pause_s
         memory.failures[name] = _Failure(count + 1, until, reason, wanted, passing)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from reconciler.core.backoff import delay_s
+from reconciler.again import backoff_s
 from reconciler.core.digest import canonical_digest
 from reconciler.core.status import Document, World, documents
 from reconciler.errors import Fenced, ReconcileError
@@ -77,12 +76,10 @@ class StatusTask:
                 pause_s = self._debounce_s()
             except ReconcileError as error:
                 failures += 1
-                pause_s = delay_s(
+                pause_s = backoff_s(
                     failures,
                     base_s=1.0,
                     cap_s=60.0,
-                    jitter_fraction=0.2,
-                    random_value=random.random(),
                 )
                 log.warning("status not written, next try in %.0f s: %s", pause_s, error)
                 self._dirty.set()

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from reconciler.core.backoff import delay_s
+from reconciler.again import backoff_s
 from reconciler.publish import die_with_parent
 
 log = logging.getLogger("detoserve.up")
@@ -69,12 +68,10 @@ class Child:
                     return
                 failures = 1 if loop.time() - started > HEALTHY_AFTER_S else failures + 1
                 self.restarts += 1
-                pause_s = delay_s(
+                pause_s = backoff_s(
                     failures,
                     base_s=0.2,
                     cap_s=10.0,
-                    jitter_fraction=0.2,
-                    random_value=random.random(),
                 )
                 self._on_failure(
                     f"{self.name} ended with exit code {code}; started again in {pause_s:.1f} s "

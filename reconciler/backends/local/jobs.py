@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from reconciler.again import backoff_s
 from reconciler.backends.local import job_runner, log_writer
 from reconciler.backends.local.exit_watch import ExitWatch, reap
 from reconciler.backends.local.launch import prepare
@@ -33,7 +33,6 @@ from reconciler.backends.local.processes import (
     spawn,
 )
 from reconciler.backends.local.state import StateDir, WorkloadRecord
-from reconciler.core.backoff import delay_s
 from reconciler.core.observed import ObservedReplica, ObservedWorkload, Phase
 from reconciler.core.plan import template_data
 from reconciler.core.workload import Workload
@@ -165,12 +164,10 @@ class LocalJobs:
         if run is None or run.digest != workload.spec_digest:
             self._start(held, 1)
         elif run.state == "failed" and run.attempt <= job.retries:
-            pause_s = delay_s(
+            pause_s = backoff_s(
                 run.attempt,
                 base_s=_AGAIN_BASE_S,
                 cap_s=_AGAIN_CAP_S,
-                jitter_fraction=0.2,
-                random_value=random.random(),
             )
             loop = asyncio.get_running_loop()
             held.timer = loop.call_later(pause_s, self._again, workload.name, run)

@@ -14,12 +14,12 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from reconciler.again import backoff_s
 from reconciler.backends.local import log_writer
 from reconciler.backends.local.exit_watch import ExitWatch, reap
 from reconciler.backends.local.processes import (
@@ -34,7 +34,6 @@ from reconciler.backends.local.processes import (
 from reconciler.backends.local.state import ReplicaProcesses, ReplicaRecord, StateDir
 from reconciler.backends.probe import Prober, follow
 from reconciler.backends.secret_values import redact
-from reconciler.core.backoff import delay_s
 from reconciler.core.observed import ObservedReplica, Phase
 
 log = logging.getLogger("detoserve.local")
@@ -258,12 +257,11 @@ class Replica:
         failures = (0 if healthy else self.record.failures) + (1 if count else 0)
         self.record = replace(self.record, failures=failures, ready=False)
         self.phase, self._failed_why = Phase.FAILED, why
-        pause_s = delay_s(
+        pause_s = backoff_s(
             failures,
             base_s=settings.restart_base_s,
             cap_s=settings.restart_cap_s,
             jitter_fraction=settings.restart_jitter,
-            random_value=random.random(),
         )
         self.due_at = now + (pause_s if count else 0.0)
         self.detail = self._explain()

@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from reconciler.again import backoff_s
 from reconciler.backends.skypilot.api import (
     ApiSettings,
     Pending,
@@ -32,7 +32,6 @@ from reconciler.backends.skypilot.notes import Flight, Notes
 from reconciler.backends.skypilot.outbox import Outbox, for_a_human, plain
 from reconciler.backends.skypilot.sight import Sight
 from reconciler.core.action import Create, Delete, Effect, Update
-from reconciler.core.backoff import delay_s
 from reconciler.core.observed import Observation, ObservedWorkload, Unknown
 from reconciler.core.skypilot import steps
 from reconciler.core.skypilot.render import check
@@ -299,12 +298,10 @@ class SkyPilotBackend:
         if not error.interrupted:
             told.failures += 1
             told.trouble, told.stalled = text, for_a_human(error)
-        told.again_at = self._clock() + delay_s(
+        told.again_at = self._clock() + backoff_s(
             told.failures,
             base_s=self._pace.retry_s * (SELDOM if told.stalled else 1),
             cap_s=600.0,
-            jitter_fraction=0.2,
-            random_value=random.random(),
         )
 
     async def _act(
