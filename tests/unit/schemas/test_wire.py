@@ -107,7 +107,6 @@ EVENTS = [
         loads=(events.ReplicaLoad("r", 1, 2.0, 3.0, 4.0, 5.0, 6.0),),
         cached=(events.Cached("r", b"\x01" * 16),),
         samples=(events.PrefillSample("r", 0.0, 1000.0, 0.25),),
-        parts={"pins": b"\x00"},
     ),
     events.AgentHeartbeat(id="a", at=1.5, cluster="c", replicas=("r",), problems={"r": "gone"}),
     events.AgentPost(
