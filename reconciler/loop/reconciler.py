@@ -229,10 +229,11 @@ class Reconciler:
             self._tell(observed)
             return
         if await self._publish(current, observed, lease):
+            # Before the first effect: what is killed while it applies must know its own work again.
+            self._remember(observed)
             await self._apply(made)
             self._propose_reverts(current)
             await self._release(observed)
-            self._remember(observed)
         self._tell(observed)
 
     async def _take_in_config(self) -> None:

@@ -526,6 +526,19 @@ async def test_a_crash_at_any_edge_leads_to_the_same_fixpoint(
         assert len(live) == sum(wanted.values()), "each exactly once"
 
 
+async def test_what_was_created_before_a_crash_is_deleted_by_the_commit_after_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.settle()
+    bench.repo.commit({"more.yaml": deployment("more")})
+    await crashing_pass(bench, monkeypatch, "backend", "apply", 1, after=True)
+    assert (await bench.running()).keys() == {"chat--local", "more--local"}
+    bench.repo.commit({"more.yaml": None})
+    bench.start()
+    await bench.settle()
+    assert await bench.running() == {"chat--local": 1}
+
+
 async def crashing_pass(
     bench: Bench,
     monkeypatch: pytest.MonkeyPatch,
