@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -15,16 +16,20 @@ STAGES = ("sent", "taken", "answered")
 
 
 class ApiProxy:
-    """`at(stage, call, service)` is asked at every stage; True ends the call there.
+    """`at(stage, call, service)` is asked at every stage; True: the reconciler was killed there.
 
     `call` is the path; for `/api/get` with that of the request whose result is asked for:
-    `/api/get /serve/up`. `service` is empty where a call is about none.
+    `/api/get /serve/up`. `service` is empty where a call is about none. Calls of one kind that change
+    something go one at a time, and none that came before a kill goes after it: so each kill leaves the
+    other services as they were.
     """
 
     def __init__(self, upstream: str, at: Callable[[str, str, str], bool]) -> None:
         self._upstream = upstream
         self._at = at
         self._requests: dict[str, tuple[str, str]] = {}
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._kills = 0
         self.taken: Counter[tuple[str, str]] = Counter()
         """(call, service) -> how many the server got."""
         self.url = ""
@@ -32,7 +37,23 @@ class ApiProxy:
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
         body = await request.read()
         call, service = self._named(request, body)
-        if self._at("sent", call, service):
+        if not call.startswith("/serve/") or call == "/serve/status":
+            return await self._answer(request, body, call, service)
+        kills = self._kills
+        async with self._turns[call]:
+            if self._kills != kills:
+                return self._cut(request)
+            return await self._answer(request, body, call, service)
+
+    def _killed(self, stage: str, call: str, service: str) -> bool:
+        killed = self._at(stage, call, service)
+        self._kills += killed
+        return killed
+
+    async def _answer(
+        self, request: web.Request, body: bytes, call: str, service: str
+    ) -> web.StreamResponse:
+        if self._killed("sent", call, service):
             return self._cut(request)
         headers = {k: v for k, v in request.headers.items() if k.lower() != "host"}
         timeout = aiohttp.ClientTimeout(180)
@@ -47,15 +68,18 @@ class ApiProxy:
         self.taken[call, service] += 1
         if request_id:
             self._requests[request_id] = (call, service)
-        if self._at("taken", call, service):
+        if self._killed("taken", call, service):
             return self._cut(request)
         passed = {"X-Skypilot-Request-ID": request_id} if request_id else {}
         response = web.Response(
             status=answer.status, body=data, content_type="application/json", headers=passed
         )
-        await response.prepare(request)
-        await response.write_eof()
-        self._at("answered", call, service)
+        try:
+            await response.prepare(request)
+            await response.write_eof()
+        except ConnectionError:
+            return response  # whoever asked was killed meanwhile
+        self._killed("answered", call, service)
         return response
 
     def _named(self, request: web.Request, body: bytes) -> tuple[str, str]:
