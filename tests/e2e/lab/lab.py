@@ -166,7 +166,13 @@ class Lab:
         self.run("scancel", job.id)
 
     def services(self) -> dict[str, dict[str, Any]]:
-        """Name -> row, as the API server says; without our client, which is what is tested."""
+        """Name -> row, as the API server says; without our client, which is what is tested.
+
+        A status that is asked for just as a service goes may fail in SkyPilot: asked again.
+        """
+        return eventually_sync(lambda: (self._services(),), timeout_s=60, what="a status")[0]
+
+    def _services(self) -> dict[str, dict[str, Any]]:
         me = {"SKYPILOT_USER_ID": "1ab01ab0", "SKYPILOT_USER": "lab"}
         body = json.dumps({"service_names": None, "env_vars": me}).encode()
         asked = urllib.request.Request(

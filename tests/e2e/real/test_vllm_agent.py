@@ -17,6 +17,7 @@ import pytest
 from agent.outbox import Parcel
 from agent.publishing import Sink
 from agent.publishing.to_routers import ToRouters
+from router.core.isolation import cache_salt
 from schemas.wire.events import AgentHeartbeat, KvBatch
 from schemas.wire.routing import Cluster, Policy
 from schemas.wire.token_blocks import chain, chain_root
@@ -80,6 +81,10 @@ async def test_what_a_real_engine_holds_is_known_and_forgotten(tmp_path: Path) -
             way = ToRouters([running.router.agent_url], AGENT_KEY.encode(), "here", session)
             sink: Sink = Both(way, kept)
 
+            def salted(wish: str) -> str:
+                """The salt that the router sends in place of what this client wishes for."""
+                return cache_salt(running.router.proxy.salt_key, "team", wish)
+
             async def ask(salt: str) -> int:
                 body = {"model": "sim", "messages": MESSAGES, "max_tokens": 2, "cache_salt": salt}
                 headers = {"Authorization": f"Bearer {KEY.text}"}
@@ -94,10 +99,10 @@ async def test_what_a_real_engine_holds_is_known_and_forgotten(tmp_path: Path) -
                 assert first.block_tokens == BLOCK_TOKENS
                 assert first.capacity_blocks == BLOCKS
                 assert await ask("tenant-a") == 0
-                mine = set(await names(engine, "tenant-a"))
+                mine = set(await names(engine, salted("tenant-a")))
                 await eventually(lambda: mine <= kept.held("sim-r0"), timeout_s=30)
                 assert mine
-                assert not set(await names(engine, "tenant-b")) & kept.held("sim-r0")
+                assert not set(await names(engine, salted("tenant-b"))) & kept.held("sim-r0")
                 assert await ask("tenant-a") == BLOCK_TOKENS * len(mine)  # what was named was there
                 assert brain.states.index.held(slot) > 5
                 await eventually(
