@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -170,7 +171,14 @@ class Lab:
 
         A status that is asked for just as a service goes may fail in SkyPilot: asked again.
         """
-        return eventually_sync(lambda: (self._services(),), timeout_s=60, what="a status")[0]
+        for _ in range(30):
+            try:
+                return self._services()
+            except urllib.error.HTTPError as error:
+                if error.code != 500:
+                    raise
+            time.sleep(1)
+        return self._services()
 
     def _services(self) -> dict[str, dict[str, Any]]:
         me = {"SKYPILOT_USER_ID": "1ab01ab0", "SKYPILOT_USER": "lab"}
