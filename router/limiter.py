@@ -22,7 +22,6 @@ import msgspec
 from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
-from router.core.auth import Principal
 from router.core.errors import Refusal
 from router.core.leases import (
     Amounts,
@@ -45,7 +44,7 @@ from router.core.limits import (
     over_limit,
     price_nano_usd,
 )
-from router.core.snapshot import Snapshot
+from router.core.snapshot import Principal, Snapshot
 from schemas.wire import redis_keys
 from schemas.wire.routing import Function, Price
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from time import perf_counter
 from typing import Any, Final
 
 from router.core.usage import (
@@ -23,6 +24,7 @@ from router.core.usage import (
     cost_nano_usd,
     metering,
 )
+from router.records import RequestRecord
 from router.usage_journal import Journal, Opened
 from schemas.wire.routing import Function
 
@@ -38,12 +40,12 @@ class Metered:
     """One request. Exactly one `finish` ends it, whatever becomes of it."""
 
     __slots__ = (
-        "_heard",
-        "_journal",
-        "_opened",
+        "_function",
+        "_meter",
         "_plan",
         "_reader",
-        "_request_bytes",
+        "_record",
+        "_revision",
         "_slot",
         "_stream",
         "_task",
@@ -52,19 +54,20 @@ class Metered:
 
     def __init__(
         self,
-        journal: Journal | None,
-        opened: Opened,
+        meter: Meter,
+        record: RequestRecord,
+        function: Function,
+        revision: str,
         task: str,
         plan: Metering,
-        request_bytes: int,
-        heard: Callable[[str, Usage], None],
     ) -> None:
-        self._heard = heard
-        self._journal = journal
-        self._opened = opened
+        """`plan` is what the request's body was changed by; `revision`, where its price stands."""
+        self._meter = meter
+        self._record = record
+        self._function = function
+        self._revision = revision
         self._task = task
         self._plan = plan
-        self._request_bytes = request_bytes
         self._reader: Reader | None = None
         self._stream: StreamReader | None = None
         self.known = False
@@ -98,11 +101,11 @@ class Metered:
         return self._reader is not None
 
     def _first_note(self, usage: bytes) -> None:
-        journal, stream = self._journal, self._stream
+        journal, stream = self._meter.journal, self._stream
         assert stream is not None
         stream.note = _ignore
         if journal is not None:
-            slot = journal.open(self._opened)
+            slot = journal.open(self._opened(self._meter.now()))
             if slot >= 0:
                 self._slot = slot
                 stream.note = partial(journal.running, slot)
@@ -121,34 +124,47 @@ class Metered:
         if used is None:
             return NOTHING
         if used.estimated and not used.input_tokens:
-            return used._replace(input_tokens=int(self._request_bytes / BYTES_A_TOKEN))
+            return used._replace(input_tokens=int(self._record.request_bytes / BYTES_A_TOKEN))
         return used
 
     def cost_usd(self, usage: Usage) -> float:
-        return cost_nano_usd(self._opened.price, usage) / 1e9
+        return cost_nano_usd(self._function.price, usage) / 1e9
 
-    def finish(
-        self, *, outcome: str, replica: str = "", ttft_s: float | None = None, ended_at: float
-    ) -> Usage:
-        """Ends it and leaves its record; `ended_at` is Unix seconds. What it used."""
+    def finish(self) -> Usage:
+        """Ends it and leaves its record. What it used."""
         used = self.used()
-        self._heard(self._opened.function, used)
-        journal = self._journal
+        meter, record = self._meter, self._record
+        meter.heard(self._function.name, used)
+        journal = meter.journal
         if journal is not None:
-            record = journal.record(
-                self._opened,
+            now = meter.now()
+            made = journal.record(
+                self._opened(now),
                 used,
-                ended_at=ended_at,
-                outcome=outcome,
-                replica=replica,
-                ttft_s=ttft_s,
+                ended_at=now,
+                outcome=record.outcome,
+                replica=record.replica,
+                ttft_s=record.first_body - record.started if record.first_body else None,
             )
-            journal.finish(self._slot, record)
+            journal.finish(self._slot, made)
         return used
+
+    def _opened(self, now: float) -> Opened:
+        record, function = self._record, self._function
+        started_at = now - (perf_counter() - record.started)
+        return Opened(
+            record.id,
+            record.tenant,
+            record.key,
+            function.name,
+            self._revision,
+            started_at,
+            function.price,
+        )
 
 
 class Meter:
-    """Makes a Metered for every request.
+    """What every Metered goes by.
 
     Args:
         journal: where records are kept; None: nobody wants them, and engines are asked for nothing.
@@ -162,39 +178,14 @@ class Meter:
         *,
         now: Callable[[], float] = time.time,
     ) -> None:
-        self._journal = journal
-        self._heard = heard
-        self._now = now
+        self.journal = journal
+        self.heard = heard
+        self.now = now
 
     @property
     def wanted(self) -> bool:
-        return self._journal is not None
+        return self.journal is not None
 
     def plan(self, task: str, engine: str, request: Mapping[str, Any]) -> Metering:
         """What to ask of the engine; `request` is the body as parsed."""
-        return UNCHANGED if self._journal is None else metering(task, engine, request)
-
-    def begin(
-        self,
-        function: Function,
-        *,
-        request_id: str,
-        tenant: str,
-        key: str,
-        revision: str,
-        task: str,
-        plan: Metering,
-        request_bytes: int,
-        age_s: float,
-    ) -> Metered:
-        """A request whose answer begins. `plan` is what its body was changed by."""
-        opened = Opened(
-            request_id,
-            tenant,
-            key,
-            function.name,
-            revision,
-            self._now() - age_s,
-            function.price,
-        )
-        return Metered(self._journal, opened, task, plan, request_bytes, self._heard)
+        return UNCHANGED if self.journal is None else metering(task, engine, request)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Final
 from router.brain import Brain
 from router.core import errors
 from router.core.api import Endpoint
-from router.core.auth import Principal, authenticate
+from router.core.auth import authenticate, identify
 from router.core.auth_failures import AuthFailures
 from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
 from router.core.request import BodyInvalid
-from router.core.snapshot import Snapshot
+from router.core.snapshot import Principal, Snapshot
 from router.deadlines import Deadlines
 from router.decisions import DecisionLog
 from router.downstream.request import Request
@@ -136,10 +136,13 @@ class Proxy:
         snapshot = self.state.snapshot
         if snapshot is None:
             raise Refused(errors.NO_TABLE)
-        record.generation = snapshot.generation
-        headers = read_headers(request.headers)
-        if isinstance(headers, Refusal):
-            raise Refused(headers)
+        record.generation = generation = snapshot.generation
+        headers = request.read
+        if headers is None:
+            found = read_headers(request.headers)
+            if isinstance(found, Refusal):
+                raise Refused(found)
+            headers = request.read = found
         if headers.request_id is not None:
             record.id = headers.request_id.decode("ascii")
         token, now = headers.token, time.time()
@@ -147,7 +150,10 @@ class Proxy:
             wait_s = self.auth_failures.wait_s(request.address, now)
             if wait_s:
                 raise Refused(errors.too_many_failures(wait_s))
-        principal = authenticate(snapshot, token, now, self.state.fresh_at, scope)
+        if headers.identified_by != generation:
+            headers.identified_by = generation
+            headers.principal = identify(snapshot, token) if token else None
+        principal = authenticate(snapshot, headers.principal, now, self.state.fresh_at, scope)
         if isinstance(principal, Refusal):
             if principal is errors.INVALID_API_KEY:
                 wait_s = self.auth_failures.wait_s(request.address, now)

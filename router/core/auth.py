@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import Final, NamedTuple
+from typing import Final
 
 from router.core.errors import (
     INSUFFICIENT_SCOPE,
@@ -17,24 +17,17 @@ from router.core.errors import (
     TENANT_SUSPENDED,
     Refusal,
 )
-from router.core.snapshot import KeyEntry, Snapshot
+from router.core.snapshot import Principal, Snapshot
 from schemas.api_keys import PREFIX
-from schemas.wire.routing import Key, Tenant
 
 _PREFIX: Final = PREFIX.encode()
 _ID: Final = slice(len(_PREFIX), len(_PREFIX) + 10)
 _NO_KEY: Final = bytes(32)
 
 
-class Principal(NamedTuple):
-    """A tenant, by one of its keys."""
-
-    tenant: Tenant
-    key: Key
-
-
-def _find(snapshot: Snapshot, token: bytes, digest: bytes) -> KeyEntry | None:
-    """The entry whose hash this is; as much work is done when there is none."""
+def identify(snapshot: Snapshot, token: bytes) -> Principal | None:
+    """Whose key this is, whether it may be used or not; as much work is done when it is nobody's."""
+    digest = hashlib.sha256(token).digest()
     found = None
     if token.startswith(_PREFIX):
         for entry in snapshot.keys_by_id.get(token[_ID].decode("latin-1"), ()):
@@ -51,30 +44,27 @@ def _find(snapshot: Snapshot, token: bytes, digest: bytes) -> KeyEntry | None:
 
 def authenticate(
     snapshot: Snapshot,
-    token: bytes | None,
+    principal: Principal | None,
     now: float,
     fresh_at: float,
     scope: str = "inference",
 ) -> Principal | Refusal:
-    """The tenant and key behind a token that may do what `scope` says.
+    """Whoever `identify` found, if the key may do what `scope` says now.
 
     `now` and `fresh_at` are Unix seconds; `fresh_at` is when the table was last known to be
     current. Whatever is wrong with a key, the answer is the same 401.
     """
     if now - fresh_at > snapshot.table.max_table_age_s:
         return TABLE_STALE
-    if not token:
+    if principal is None:
         return INVALID_API_KEY
-    entry = _find(snapshot, token, hashlib.sha256(token).digest())
-    if entry is None:
-        return INVALID_API_KEY
-    key = entry.key
+    tenant, key = principal
     if (key.not_before is not None and now < key.not_before) or (
         key.expires is not None and now >= key.expires
     ):
         return INVALID_API_KEY
-    if entry.tenant.suspended:
+    if tenant.suspended:
         return TENANT_SUSPENDED
     if scope not in key.scopes:
         return INSUFFICIENT_SCOPE if scope == "inference" else NOT_FOR_USAGE
-    return Principal(entry.tenant, key)
+    return principal

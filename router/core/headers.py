@@ -13,6 +13,7 @@ from typing import Final, Literal
 import msgspec
 
 from router.core.errors import Refusal, bad_request
+from router.core.snapshot import Principal
 
 _Use = Literal[
     "pass",
@@ -95,6 +96,9 @@ class ClientHeaders(msgspec.Struct):
     """This is the conversation's last request."""
     replica: bytes | None = None
     """The one that somebody who debugs wants to be asked."""
+    identified_by: int = -1
+    """The generation of the table by which it was seen whose the token is."""
+    principal: Principal | None = None
 
 
 def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:

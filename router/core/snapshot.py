@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from schemas.wire.routing import Arm, Function, Key, Replica, RoutingTable, Tenant
@@ -49,8 +49,9 @@ class Candidate:
     """TLS, host and port: what a pooled connection is bound to."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyEntry:
+class Principal(NamedTuple):
+    """A tenant, by one of its keys."""
+
     tenant: Tenant
     key: Key
 
@@ -143,8 +144,8 @@ class Snapshot:
     names: dict[str, tuple[Function, ...]]
     """Function name, served name or alias -> functions, the best match first."""
     functions: dict[str, Function]
-    keys_by_id: dict[str, tuple[KeyEntry, ...]]
-    keys_by_sha256: dict[bytes, KeyEntry]
+    keys_by_id: dict[str, tuple[Principal, ...]]
+    keys_by_sha256: dict[bytes, Principal]
     replicas: dict[str, Candidate]
     """Every replica by id, draining ones too."""
     bounded: frozenset[str]
@@ -262,11 +263,11 @@ def snapshot(table: RoutingTable) -> Snapshot:
                 if function not in known:
                     known.append(function)
 
-    by_id: dict[str, list[KeyEntry]] = {}
-    by_sha256: dict[bytes, KeyEntry] = {}
+    by_id: dict[str, list[Principal]] = {}
+    by_sha256: dict[bytes, Principal] = {}
     for tenant in table.tenants:
         for key in tenant.keys:
-            entry = KeyEntry(tenant, key)
+            entry = Principal(tenant, key)
             by_id.setdefault(key.id, []).append(entry)
             by_sha256.setdefault(key.sha256, entry)
 

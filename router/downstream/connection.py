@@ -20,6 +20,7 @@ from router.core.errors import BODY_TIMEOUT, Refusal, bad_request, too_large
 from router.deadlines import Deadlines
 from router.downstream.answer import refuse
 from router.downstream.request import Request
+from router.downstream.same_head import SameHead
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 200
@@ -27,6 +28,8 @@ MAX_AHEAD_BYTES: Final = 64 * 1024
 """Of further requests, read while one is answered; beyond it the client is read no more."""
 MIN_BODY_BYTES_PER_S: Final = 4096
 """A body may take its pause, and as long as it takes at this pace: one that trickles ends."""
+_UNLIKE_HEADS: Final = 3
+"""After so many heads that differ, those of a connection are not compared any more."""
 _LINGER_S: Final = 2.0
 """How long the rest of a refused body is read, so that the client sees the refusal."""
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -98,8 +101,10 @@ class ClientConnection(asyncio.Protocol):
         "_parser",
         "_reading_paused",
         "_request",
+        "_same_head",
         "_server",
         "_target",
+        "_unlike",
         "ongoing",
         "patience_s",
         "since",
@@ -117,6 +122,9 @@ class ClientConnection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         """Being read."""
+        self._same_head: SameHead | None = None
+        self._unlike = 0
+        """Heads in a row that were not the one before."""
         self._complete: deque[Request] = deque()
         """Read, and not begun."""
         self._ahead: list[bytes] = []
@@ -179,6 +187,14 @@ class ClientConnection(asyncio.Protocol):
             self.transport.pause_reading()
 
     def _read(self, data: bytes) -> None:
+        fresh = self._request is None
+        if fresh and self._same_head is not None:
+            request = self._same_head.again(data, self._server.max_body_bytes)
+            if request is not None:
+                self._unlike = 0
+                request.transport = self.transport
+                self._serve(request)
+                return
         if not self._head_read:
             self._head_bytes += len(data)
         try:
@@ -194,7 +210,11 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(_BAD_HTTP)
             return
         if self._complete:
+            request = self._complete[0]
             self._serve_next()
+            if fresh and self._unlike < _UNLIKE_HEADS:
+                self._unlike += 1
+                self._same_head = SameHead.of(data, request)
         elif self._head_read:
             self._await_body()
         elif self._head_bytes > MAX_HEAD_BYTES:
@@ -305,7 +325,9 @@ class ClientConnection(asyncio.Protocol):
     # Inside.
 
     def _serve_next(self) -> None:
-        request = self._complete.popleft()
+        self._serve(self._complete.popleft())
+
+    def _serve(self, request: Request) -> None:
         self.patience_s = inf
         if request.too_large:
             self._refuse(too_large(self._server.max_body_bytes))

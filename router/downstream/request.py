@@ -9,6 +9,8 @@ from asyncio import BaseTransport
 
 import msgspec
 
+from router.core.headers import ClientHeaders
+
 
 class Request(msgspec.Struct, gc=False, eq=False):
     """Head and body. The body is complete when the request is handed on."""
@@ -28,6 +30,8 @@ class Request(msgspec.Struct, gc=False, eq=False):
     """The client may send another request on this connection."""
     modern: bool = False
     """HTTP/1.1: the answer may come in chunks."""
+    read: ClientHeaders | None = None
+    """What its headers say, once somebody has read them."""
 
     @property
     def address(self) -> str:

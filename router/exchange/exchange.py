@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from time import perf_counter
 from typing import Final
 
 from router.core.errors import Refusal, Refused
@@ -121,17 +119,13 @@ class Exchange(Attempts, eq=False):
         record = self.record
         if self._endpoint.stored or not record.attempts:
             return None
-        principal = self._principal
-        return self._proxy.meter.begin(
+        return Metered(
+            self._proxy.meter,
+            record,
             self._function,
-            request_id=record.id,
-            tenant=principal.tenant.name,
-            key=principal.key.id,
-            revision=self._snapshot.revision,
-            task=self._endpoint.task,
-            plan=self._metering,
-            request_bytes=record.request_bytes,
-            age_s=perf_counter() - record.started,
+            self._snapshot.revision,
+            self._endpoint.task,
+            self._metering,
         )
 
     def _listen_on(self) -> None:
@@ -165,12 +159,7 @@ class Exchange(Attempts, eq=False):
     def _used(self, metered: Metered) -> None:
         """For the ledger, and for what it stood under."""
         record, admission = self.record, self._admission
-        usage = record.usage = metered.finish(
-            outcome=record.outcome,
-            replica=record.replica,
-            ttft_s=record.first_body - record.started if record.first_body else None,
-            ended_at=time.time(),
-        )
+        usage = record.usage = metered.finish()
         # Only a whole answer says what was cached: before its end an engine leaves that out.
         if self._judged is not None and record.outcome == "ok" and not usage.estimated:
             self._judged.used(usage.input_tokens, usage.cached_tokens)

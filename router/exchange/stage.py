@@ -15,14 +15,13 @@ import msgspec
 from router.brain import Sent
 from router.conversation import Conversation
 from router.core.api import Endpoint
-from router.core.auth import Principal
 from router.core.blocks import Prompt
 from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.health import Breaker
 from router.core.limits import estimated
 from router.core.record import Seen
-from router.core.snapshot import Candidate, Snapshot
+from router.core.snapshot import Candidate, Principal, Snapshot
 from router.core.usage import UNCHANGED, Metering
 from router.downstream.connection import ClientConnection
 from router.downstream.request import Request

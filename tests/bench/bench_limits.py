@@ -20,9 +20,8 @@ import uvloop
 from redis.asyncio import Redis
 
 from reconciler.publish.valkey import EmbeddedValkey
-from router.core.auth import Principal
 from router.core.errors import Refusal
-from router.core.snapshot import snapshot
+from router.core.snapshot import Principal, snapshot
 from router.limiter import Admission, Limiter
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant
 

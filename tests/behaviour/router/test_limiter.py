@@ -14,10 +14,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from reconciler.publish.valkey import EmbeddedValkey
-from router.core.auth import Principal
 from router.core.errors import Refusal
 from router.core.leases import WINDOW_S
-from router.core.snapshot import snapshot
+from router.core.snapshot import Principal, snapshot
 from router.limiter import Admission, Limiter
 from schemas.wire import redis_keys
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant

@@ -6,9 +6,9 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.auth import Principal, authenticate
+from router.core.auth import authenticate, identify
 from router.core.errors import INVALID_API_KEY, TABLE_STALE, Refusal, model_not_found
-from router.core.snapshot import snapshot
+from router.core.snapshot import Principal, snapshot
 from schemas import api_keys
 from schemas.wire.routing import Arm, Cluster, Function, Key, Replica, RoutingTable, Tenant
 
@@ -31,7 +31,7 @@ def key(name: str, **more) -> Key:
 
 
 def ask(snap, token: str, now: float = 100.0, fresh_at: float = 100.0):
-    return authenticate(snap, token.encode(), now, fresh_at)
+    return authenticate(snap, identify(snap, token.encode()), now, fresh_at)
 
 
 def test_our_keys_and_foreign_ones_are_recognised():
@@ -52,7 +52,8 @@ def test_our_keys_and_foreign_ones_are_recognised():
 @given(st.text(max_size=80))
 def test_any_other_token_is_the_same_401(token):
     snap = snapshot(table([Tenant(name="red", keys=(key("red"),))]))
-    assert authenticate(snap, token.encode("utf-8", "replace"), 1.0, 1.0) is INVALID_API_KEY
+    principal = identify(snap, token.encode("utf-8", "replace"))
+    assert authenticate(snap, principal, 1.0, 1.0) is INVALID_API_KEY
 
 
 @given(st.integers(0, len(KEYS["red"].text) - 1), st.characters(codec="ascii"))

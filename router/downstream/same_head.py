@@ -1,0 +1,69 @@
+"""A head that a client sends once more, told by its bytes alone.
+
+Most clients send one head with every request of a connection, but for the length of the body. What
+llhttp made of it once it would make of it again, whatever digits that length has: so it is not asked.
+Pure. Not here: the first reading of a head, and any request that does not come whole in one read
+(connection).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Self
+
+from msgspec.structs import replace
+
+from router.downstream.request import Request
+
+_MOST_DIGITS: Final = 10
+
+
+class SameHead:
+    """The head of a request that was read before, in two parts: what is before and after the length."""
+
+    __slots__ = ("_after", "_before", "_digits_at", "_request")
+
+    def __init__(self, before: bytes, after: bytes, request: Request) -> None:
+        self._before = before
+        self._after = after
+        self._digits_at = len(before)
+        self._request = request
+
+    @classmethod
+    def of(cls, data: bytes, request: Request) -> Self | None:
+        """To know this request's head by, if `data` is all of the request and tells its length."""
+        lengths = [h for h in request.headers if h[0].lower() == b"content-length"]
+        head_end = data.find(b"\r\n\r\n") + 4
+        if len(lengths) != 1 or not request.modern or len(data) - head_end != len(request.body):
+            return None
+        name, value = lengths[0]
+        line = b"\r\n%b: %b\r\n" % (name, value)
+        at = data.find(line, 0, head_end)
+        if at < 0 or not value.isdigit() or int(value) != len(request.body):
+            return None
+        digits_at = at + len(line) - 2 - len(value)
+        kept = replace(request, transport=None, body=b"")  # which would stay in memory otherwise
+        return cls(data[:digits_at], data[digits_at + len(value) : head_end], kept)
+
+    def again(self, data: bytes, max_body_bytes: int) -> Request | None:
+        """The request, if this is all of one with the same head; None: to be read like any other."""
+        if not data.startswith(self._before):
+            return None
+        digits_at = self._digits_at
+        digits_end = data.find(b"\r", digits_at, digits_at + _MOST_DIGITS + 1)
+        digits = data[digits_at:digits_end]
+        if digits_end < 0 or not digits.isdigit() or not data.startswith(self._after, digits_end):
+            return None
+        body = data[digits_end + len(self._after) :]
+        if len(body) != int(digits) or len(body) > max_body_bytes:
+            return None
+        known = self._request
+        return Request(
+            method=known.method,
+            target=known.target,
+            path=known.path,
+            headers=known.headers,
+            body=body,
+            keep_alive=known.keep_alive,
+            modern=True,
+            read=known.read,
+        )
