@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter, time
 from typing import Any, Final
 
+import msgspec
+
 from router.core.api import Endpoint
 from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
 from router.core.engine_reports import EngineReports
@@ -33,17 +35,14 @@ _GROUPS_MAX: Final = 4096
 _CACHED_TASKS: Final = frozenset({"chat", "completions", "responses", "messages"})
 
 
-class Sent:
+class Sent(msgspec.Struct, eq=False):
     """One attempt, counted from before it is sent until it is over, whichever way."""
 
-    __slots__ = ("_brain", "_choice", "_prompt", "_speeds", "_ticket")
-
-    def __init__(self, brain: Brain, speeds: Speeds, choice: Choice, prompt: Prompt) -> None:
-        self._brain = brain
-        self._speeds = speeds
-        self._choice = choice
-        self._prompt = prompt
-        self._ticket: Ticket | None = None
+    _brain: Brain
+    _speeds: Speeds
+    _choice: Choice
+    _prompt: Prompt
+    _ticket: Ticket | None = None
 
     @property
     def held(self) -> Held:
@@ -142,6 +141,7 @@ class Brain:
             self._rooms[function].remove(slot)
             self._turnovers[function].remove(slot)
             self._free.append(slot)
+        now = self.now()  # of all: those that appear together are equally new
         for replica, candidate in snapshot.replicas.items():
             if replica not in self._slots:
                 slot = self._free.pop() if self._free else len(self._slots)
@@ -152,7 +152,7 @@ class Brain:
                 self.states.load.add(slot)
                 self.reports.add(slot, time())
                 speeds = self._speeds.setdefault(candidate.function, Speeds())
-                speeds.add(slot, self.now(), rtt_s.get(candidate.cluster, 0.0))
+                speeds.add(slot, now, rtt_s.get(candidate.cluster, 0.0))
                 self._turnovers.setdefault(candidate.function, Turnover())
                 room = self._rooms.setdefault(candidate.function, Room())
                 self.states.index.set_capacity(slot, room.capacity(slot))
@@ -174,9 +174,9 @@ class Brain:
 
         `salt`: of the tenant; prompts of two tenants share no block.
         """
-        if function.policy.name not in SCORED:
-            return None
-        return self.read(function, endpoint, request, size_bytes, salt)
+        if function.policy.name in SCORED:
+            return self.read(function, endpoint, request, size_bytes, salt)
+        return None
 
     def read(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from router.core.headers import ClientHeaders
-from router.core.sessions import conversation_start, session_key, session_name, session_number
+from router.core.sessions import conversation_start, session_key, session_number
 from router.session_store import SessionStore
 from schemas.wire.routing import Function, Tenant
 
@@ -30,16 +30,16 @@ class Conversation:
         store: SessionStore,
         function: Function,
         tenant: Tenant,
+        name: bytes | None,
         headers: ClientHeaders,
         parsed: Mapping[str, Any],
     ) -> None:
-        """`parsed` is the request's body; empty where it is no JSON object."""
+        """`name`: what the client calls it. `parsed`: the request's body; empty where it is no JSON object."""
         self._store = store
         self._parsed = parsed
         self._final = headers.session_final
         self._ttl_s = function.policy.session_ttl_s if function.policy.session_affinity else 0.0
         self._number: int | None = None
-        name = session_name(headers.session, parsed)
         self.key = (
             None if name is None else session_key(store.secret, tenant.name, function.name, name)
         )

@@ -12,6 +12,8 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
+import msgspec
+
 from router.core.usage import (
     BYTES_A_TOKEN,
     NOTHING,
@@ -36,44 +38,23 @@ def _ignore(usage: bytes) -> None:
     del usage
 
 
-class Metered:
+class Metered(msgspec.Struct, eq=False):
     """One request. Exactly one `finish` ends it, whatever becomes of it."""
 
-    __slots__ = (
-        "_function",
-        "_meter",
-        "_plan",
-        "_reader",
-        "_record",
-        "_revision",
-        "_slot",
-        "_stream",
-        "_task",
-        "known",
-    )
-
-    def __init__(
-        self,
-        meter: Meter,
-        record: RequestRecord,
-        function: Function,
-        revision: str,
-        task: str,
-        plan: Metering,
-    ) -> None:
-        """`plan` is what the request's body was changed by; `revision`, where its price stands."""
-        self._meter = meter
-        self._record = record
-        self._function = function
-        self._revision = revision
-        self._task = task
-        self._plan = plan
-        self._reader: Reader | None = None
-        self._stream: StreamReader | None = None
-        self.known = False
-        """Once it has ended: whether there was any word of what was used."""
-        self._slot: int | None = None
-        """Taken when there is something to note before the end."""
+    _meter: Meter
+    _record: RequestRecord
+    _function: Function
+    _revision: str
+    """Where its price stands."""
+    _task: str
+    _plan: Metering
+    """What the request's body was changed by."""
+    _reader: Reader | None = None
+    _stream: StreamReader | None = None
+    known: bool = False
+    """Once it has ended: whether there was any word of what was used."""
+    _slot: int | None = None
+    """Taken when there is something to note before the end."""
 
     def answered(self, status: int, content_type: bytes, *, fixed: bool = False) -> bool:
         """The head of the answer that the client will get; whether its body is to be fed.

@@ -20,7 +20,7 @@ from router.core.errors import Refusal, Refused
 from router.core.headers import ClientHeaders
 from router.core.headers import read as read_headers
 from router.core.request import BodyInvalid
-from router.core.snapshot import Principal, Snapshot
+from router.core.snapshot import Principal, Snapshot, Target
 from router.deadlines import Deadlines
 from router.decisions import DecisionLog
 from router.downstream.request import Request
@@ -71,6 +71,28 @@ def meant(snapshot: Snapshot, tenant: Tenant, endpoint: Endpoint, model: str | N
     return function
 
 
+def targets(
+    snapshot: Snapshot, tenant: Tenant, endpoint: Endpoint, model: str | None
+) -> tuple[Target, ...]:
+    """The function that a request is for, and after it those that may answer in its place.
+
+    Raises: as `meant`.
+    """
+    key = tenant.name, endpoint.path, model
+    found = snapshot.targets.get(key)
+    if found is None:
+        function = meant(snapshot, tenant, endpoint, model)
+        fallbacks = [snapshot.functions.get(name) for name in function.fallbacks]
+        found = snapshot.targets[key] = tuple(
+            Target(each, snapshot.candidates(each, tenant))
+            for each in (function, *fallbacks)
+            # A fallback is no way to a model that the tenant may not use.
+            if each is function
+            or (each is not None and snapshot.may_use(tenant, each) and answers(each, endpoint))
+        )
+    return found
+
+
 class Proxy:
     """`finished` hears of every request once."""
 
@@ -116,7 +138,7 @@ class Proxy:
         record = RequestRecord(
             request.target, operation, perf_counter(), "req_" + decision, decision
         )
-        if traced:
+        if traced and self.tracing is not None:
             self.trace(request, record)
         return record
 

@@ -122,14 +122,17 @@ class RequestTrace:
             attributes,
         )
 
-    def passed_on(self, lines: Iterable[bytes]) -> list[bytes]:
+    def passed_on(self, lines: bytes) -> bytes:
         """Header lines for the engine: the client's, with the trace context of the attempt."""
         carrier: dict[str, str] = {}
         _W3C.inject(carrier, set_span_in_context(self._attempt or self._span, Context()))
-        return [
-            *(ln for ln in lines if ln.partition(b":")[0].lower() not in _CONTEXT_HEADERS),
-            *(f"{name}: {value}\r\n".encode("latin-1") for name, value in carrier.items()),
+        kept = [
+            line
+            for line in lines.splitlines(keepends=True)
+            if line.partition(b":")[0].lower() not in _CONTEXT_HEADERS
         ]
+        own = [f"{name}: {value}\r\n".encode("latin-1") for name, value in carrier.items()]
+        return b"".join((*kept, *own))
 
     def failed(self, error: UpstreamFailed) -> None:
         """The attempt brought no answer."""

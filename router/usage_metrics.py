@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.core.usage import NOTHING, Usage
+from router.core.usage import Usage
 from router.usage_stream import UsageStream
 
 
@@ -19,15 +19,16 @@ class UsageMetrics(Collector):
 
     def __init__(self, stream: UsageStream | None) -> None:
         self._stream = stream
-        self._used: dict[str, Usage] = {}
+        self._used: dict[str, list[int]] = {}
+        """Function -> tokens of input, of that cached, of output."""
 
     def used(self, function: str, usage: Usage) -> None:
-        known = self._used.get(function, NOTHING)
-        self._used[function] = Usage(
-            known.input_tokens + usage.input_tokens,
-            known.cached_tokens + usage.cached_tokens,
-            known.output_tokens + usage.output_tokens,
-        )
+        known = self._used.get(function)
+        if known is None:
+            known = self._used[function] = [0, 0, 0]
+        known[0] += usage.input_tokens
+        known[1] += usage.cached_tokens
+        known[2] += usage.output_tokens
 
     def collect(self) -> Iterator[Metric]:
         tokens = CounterMetricFamily(
@@ -36,9 +37,8 @@ class UsageMetrics(Collector):
             labels=["function", "type"],
         )
         for function, used in self._used.items():
-            tokens.add_metric([function, "input"], used.input_tokens)
-            tokens.add_metric([function, "cached"], used.cached_tokens)
-            tokens.add_metric([function, "output"], used.output_tokens)
+            for kind, count in zip(("input", "cached", "output"), used, strict=True):
+                tokens.add_metric([function, kind], count)
         yield tokens
         if self._stream is not None:
             yield GaugeMetricFamily(

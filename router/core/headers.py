@@ -76,10 +76,10 @@ def _use(name: bytes) -> _Use:
 
 
 class ClientHeaders(msgspec.Struct):
-    """What the router read, and the lines that are passed on."""
+    """What the router read, and what is passed on."""
 
-    lines: list[bytes]
-    """`name: value` with line ends."""
+    passed: bytes = b""
+    """`name: value` lines, each with its line end."""
     token: bytes | None = None
     request_id: bytes | None = None
     content_type: bytes = b""
@@ -104,7 +104,7 @@ class ClientHeaders(msgspec.Struct):
 def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
     """One pass. A refusal when credentials are given twice and it is not clear which count."""
     lines: list[bytes] = []
-    out = ClientHeaders(lines)
+    out = ClientHeaders()
     named: bytes = b""
     for name, value in raw:
         use = _known.get(name) or _use(name)
@@ -145,7 +145,8 @@ def read(raw: Iterable[tuple[bytes, bytes]]) -> ClientHeaders | Refusal:
             named += value.lower() + b","
     if named and named not in (b"keep-alive,", b"close,"):
         hops = {hop.strip() for hop in named.split(b",")}
-        out.lines = [line for line in lines if line.partition(b":")[0].lower() not in hops]
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in hops]
+    out.passed = b"".join(lines)
     return out
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Final, Literal
 
+import msgspec
+
 Phase = Literal["prefill", "decode", "done"]
 
 _IDLE: Final = -inf
@@ -36,17 +38,14 @@ class _Queue:
         self.kv_tokens = 0.0
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """One request on one replica: what was counted for it, to be given back."""
 
-    __slots__ = ("_queue", "kv_tokens", "phase", "sent_at", "work_s")
-
-    def __init__(self, queue: _Queue, work_s: float, kv_tokens: float, sent_at: float) -> None:
-        self._queue = queue
-        self.work_s = work_s
-        self.kv_tokens = kv_tokens
-        self.sent_at = sent_at
-        self.phase: Phase = "prefill"
+    _queue: _Queue
+    work_s: float
+    kv_tokens: float
+    sent_at: float
+    phase: Phase = "prefill"
 
     @property
     def slot(self) -> int:

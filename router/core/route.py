@@ -23,11 +23,9 @@ from router.core.score import (
     Fleet,
     Held,
     Ranking,
-    Signals,
     least,
     linear_signals,
     rendezvous,
-    second,
     two_choices,
     weigh,
 )
@@ -105,7 +103,7 @@ class States:
 
 
 class Choice(msgspec.Struct, gc=False):
-    """A decision, with enough to explain it."""
+    """A decision; what else is needed to explain it is in `Fleet`."""
 
     position: int
     """Of the chosen one among the candidates."""
@@ -116,20 +114,6 @@ class Choice(msgspec.Struct, gc=False):
     """As much of it as has proved true there of late."""
     held: Held
     """(tokens, positions that hold so many), deepest first, as they were weighed."""
-    _costs: Sequence[float] = ()
-    _signals: Callable[[int], Signals] | None = None
-
-    @property
-    def runner_up(self) -> int | None:
-        """Position of the one that would have been next; None where the policy has no order."""
-        return second(self._costs, self.position)
-
-    def signals(self, position: int) -> Signals | None:
-        """The four signals of a candidate at the decision; None where the policy has none.
-
-        Slower than the choice itself: for records and people.
-        """
-        return self._signals(position) if self._signals is not None else None
 
 
 def hit_tokens(prompt: Prompt, blocks: int) -> float:
@@ -168,20 +152,16 @@ def choose(
     factors = {at[slot]: f for slot, f in doubted.items() if slot in at} if doubted else _NO_DOUBT
     credited = discounted(held, factors) if factors else held
     mine = candidates.position.get(pinned) if pinned is not None else None
-    costs: Sequence[float] = ()
-    signals: Callable[[int], Signals] | None = None
     name = policy.name
     if name == "expected-latency":
         fleet = candidates.fleet(states.load, speeds, now)
         ranking = Ranking(fleet, prompt.tokens, credited, pinned=mine, weights=policy.weights)
-        costs, signals = ranking.costs_s, ranking.signals
-        first = least(costs, chance)
+        first = least(ranking.costs_s, chance)
     elif name == "linear":
         every = linear_signals(
             candidates.fleet(states.load, speeds, now), prompt.tokens, credited, mine
         )
-        costs, signals = [-weigh(one, policy.weights) for one in every], every.__getitem__
-        first = least(costs, chance)
+        first = least([-weigh(one, policy.weights) for one in every], chance)
     elif name == "round-robin":
         first = turn % len(candidates.slots)
     elif name == "session" and mine is not None:
@@ -191,14 +171,13 @@ def choose(
     elif name == "random-two-choices":
         first = two_choices(candidates.requests(states.load), chance)
     else:
-        costs = candidates.requests(states.load)
-        first = least(costs, chance)
+        first = least(candidates.requests(states.load), chance)
     slot = candidates.slots[first]
     for i, (tokens, here) in enumerate(held):
         if first in here:
             hit = tokens * factors.get(first, 1.0)
-            return Choice(first, slot, depths[i], hit, credited, costs, signals)
-    return Choice(first, slot, 0, 0.0, credited, costs, signals)
+            return Choice(first, slot, depths[i], hit, credited)
+    return Choice(first, slot, 0, 0.0, credited)
 
 
 def dispatched(

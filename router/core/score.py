@@ -22,8 +22,7 @@ replicas are candidates (pick), or what is known of them (load, speeds, index).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import inf
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -102,7 +101,9 @@ def busy_share(backlog_s: Sequence[float], cost_s: float) -> float:
     """rho, of what is queued and what the prompt would cost."""
     if not cost_s:
         return 0.0
-    return sum([min(cost_s, x) for x in backlog_s]) / (cost_s * len(backlog_s))
+    # Twice as fast as min(), for each of them.
+    shares = [x if x < cost_s else cost_s for x in backlog_s]  # noqa: FURB136
+    return sum(shares) / (cost_s * len(backlog_s))
 
 
 Held = Sequence[tuple[float, Sequence[int]]]
@@ -170,10 +171,10 @@ class Ranking:
             fleet.slow
         ):
             # Nearly always, and half the time: the same sum, without factors that are 1.
-            priced = self.price
+            priced, mu = self.price, MU_S
             cold_s *= priced
             costs = [
-                r + x + MU_S * k + c * cold_s
+                r + x + mu * k + c * cold_s
                 for r, x, k, c in zip(
                     fleet.rtt_s, self._backlog_s, fleet.kv_used, fleet.factor, strict=True
                 )
@@ -301,15 +302,6 @@ def least(costs: Sequence[float], chance: Chance) -> int:
     for _ in range(int(chance.random() * ties) + 1):
         at = costs.index(lowest, at + 1)
     return at
-
-
-def second(costs: Iterable[float], first: int) -> int | None:
-    """Position of the least besides `first`; None when there is no other."""
-    others = [*costs]
-    if len(others) < 2:
-        return None
-    others[first] = inf
-    return others.index(min(others))
 
 
 def two_choices(costs: Sequence[float], chance: Chance) -> int:

@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 KEY_BYTES: Final = 16
 _FIELDS: Final = ("prompt_cache_key", "safety_identifier", "user")
+_NAMING: Final = frozenset({*_FIELDS, "metadata"})
 _PROMPT_CHARS: Final = 1024
 """Of a bare prompt, by which its continuations are known."""
 
@@ -30,6 +31,8 @@ def session_name(header: bytes | None, request: Mapping[str, Any]) -> bytes | No
     """
     if header:
         return header
+    if _NAMING.isdisjoint(request):
+        return None
     for name in _FIELDS:
         value = request.get(name)
         if isinstance(value, str) and value:

@@ -56,6 +56,13 @@ class Principal(NamedTuple):
     key: Key
 
 
+class Target(NamedTuple):
+    """What may answer a tenant's request: a function, and the replicas of it that serve this tenant."""
+
+    function: Function
+    candidates: tuple[Candidate, ...]
+
+
 class UnusableReplica(ValueError):
     """A replica whose URL no request can be sent to."""
 
@@ -141,6 +148,8 @@ class Snapshot:
     """One generation, ready for look-ups. Build it with `snapshot`."""
 
     table: RoutingTable
+    generation: int
+    revision: str
     names: dict[str, tuple[Function, ...]]
     """Function name, served name or alias -> functions, the best match first."""
     functions: dict[str, Function]
@@ -154,22 +163,20 @@ class Snapshot:
     """Functions whose sessions are divided between deployments by weight."""
     shadowed: frozenset[str]
     """Functions that have a shadow."""
+    by_conversation: frozenset[str]
+    """Functions of which every request must be known to belong to some conversation."""
     unusable: tuple[str, ...]
     """What is wrong with replicas that were left out, for people."""
+    targets: dict[tuple[str, str, str | None], tuple[Target, ...]] = field(
+        default_factory=dict, kw_only=True
+    )
+    """By tenant, path and model, as somebody has worked it out from this table."""
     _arms: dict[str, tuple[tuple[Arm, tuple[Candidate, ...]], ...]]
     _residency: dict[str, tuple[str, ...]]
     _candidates: dict[tuple[str, str], tuple[Candidate, ...]] = field(default_factory=dict)
     _shadows: dict[tuple[str, str], tuple[Shadow, ...]] = field(default_factory=dict)
     _of_arms: dict[tuple[str, str, str], tuple[Candidate, ...]] = field(default_factory=dict)
     _resolved: dict[tuple[str, str], Function | None] = field(default_factory=dict)
-
-    @property
-    def generation(self) -> int:
-        return self.table.generation
-
-    @property
-    def revision(self) -> str:
-        return self.table.revision
 
     def may_use(self, tenant: Tenant, function: Function) -> bool:
         """Whether the tenant's list of models names this function."""
@@ -292,18 +299,23 @@ def snapshot(table: RoutingTable) -> Snapshot:
             of_function.append((arm, tuple(of_arm)))
         arms[function.name] = tuple(of_function)
 
+    divided = frozenset(f.name for f in table.functions if _is_divided(f))
+    shadowed = frozenset(
+        f.name for f in table.functions if any(arm.shadow_percent for arm in f.arms)
+    )
     return Snapshot(
         table=table,
+        generation=table.generation,
+        revision=table.revision,
         names={name: tuple(functions) for name, functions in names.items()},
         functions={function.name: function for function in table.functions},
         keys_by_id={key_id: tuple(entries) for key_id, entries in by_id.items()},
         keys_by_sha256=by_sha256,
         replicas=replicas,
         bounded=frozenset(c.function for c in replicas.values() if c.max_concurrent),
-        divided=frozenset(f.name for f in table.functions if _is_divided(f)),
-        shadowed=frozenset(
-            f.name for f in table.functions if any(arm.shadow_percent for arm in f.arms)
-        ),
+        divided=divided,
+        shadowed=shadowed,
+        by_conversation=divided | shadowed,
         unusable=tuple(unusable),
         _arms=arms,
         _residency={cluster.name: cluster.residency for cluster in table.clusters},

@@ -165,10 +165,10 @@ def _read(data: bytes) -> _Answer | None:
 
 
 def _said(answer: _Answer) -> _Usage | None:
-    for each in (answer, answer.response, answer.message):
-        if each is not None and each.usage is not None:
-            return each.usage
-    return None
+    if answer.usage is not None:
+        return answer.usage
+    inner = answer.response or answer.message
+    return None if inner is None else inner.usage
 
 
 def _data(event: bytes) -> bytes:
@@ -191,15 +191,12 @@ class Reader(Protocol):
         ...
 
 
-class BodyReader:
+class BodyReader(msgspec.Struct, eq=False):
     """An answer that is one JSON document: passed on as it is, and read at its end."""
 
-    __slots__ = ("_over", "_parts", "_size")
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._over = False
+    _parts: list[bytes] = []
+    _size: int = 0
+    _over: bool = False
 
     def feed(self, data: bytes, last: bool = False) -> bytes:  # noqa: ARG002 - as Reader
         self._parts.append(data)
@@ -211,7 +208,8 @@ class BodyReader:
         return data
 
     def used(self) -> Usage | None:
-        body = b"".join(self._parts)
+        parts = self._parts
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         if not self._over:
             answer = _read(body)
             said = _said(answer) if answer is not None else None

@@ -57,7 +57,7 @@ class Admitted(Asked, eq=False):
             return
         ejected = kept_out(candidates, breakers, perf_counter()) if breakers else ()
         if (
-            self._functions
+            self._fallbacks
             or not function.policy.queue_max_wait_s
             # Where others wait there may be room that has just come: it is theirs.
             or not (
@@ -90,7 +90,7 @@ class Admitted(Asked, eq=False):
         if not function.wake_wait_s:
             raise Refused(errors.no_replica(function.name))
         proxy.signals.wakes(function.name)
-        if self._functions:
+        if self._fallbacks:
             raise Refused(errors.no_replica(function.name))
         policy = replace(function.policy, queue_max_wait_s=function.wake_wait_s)
         self._line_up(replace(function, policy=policy), self._try_awake)

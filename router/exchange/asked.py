@@ -6,7 +6,6 @@ Not here: whether it may enter (admitted).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -17,10 +16,11 @@ from router.core.errors import Refused
 from router.core.inflate import EncodingInvalid, inflate
 from router.core.isolation import SALTED_ENGINES, SALTED_TASKS, cache_salt
 from router.core.request import BodyInvalid, read_form, read_json
-from router.core.snapshot import Candidate
+from router.core.sessions import session_name
+from router.core.snapshot import Candidate, Target
 from router.core.splice import spans, spliced
 from router.exchange.stage import Stage
-from router.proxy import answers, meant
+from router.proxy import answers, targets
 from schemas.wire.routing import Function
 
 _PLAIN: Final = frozenset({b"", b"identity"})
@@ -81,20 +81,10 @@ class Asked(Stage, eq=False):
                 )
             else:
                 self._model, self._parsed = read_json(body)
-            function = meant(snapshot, tenant, endpoint, self._model)
+            found = targets(snapshot, tenant, endpoint, self._model)
         except BodyInvalid as error:
             raise Refused(errors.bad_json(str(error), param=error.param)) from None
-        self._functions = [function]
-        for name in function.fallbacks:
-            fallback = snapshot.functions.get(name)
-            # A fallback is no way to a model that the tenant may not use.
-            if (
-                fallback is not None
-                and snapshot.may_use(tenant, fallback)
-                and answers(fallback, endpoint)
-            ):
-                self._functions.append(fallback)
-        self._ask_function()
+        self._ask_function(found)
 
     def _ask_keeper(self) -> None:
         """Passes on a request about something that an engine keeps for this tenant alone."""
@@ -113,9 +103,10 @@ class Asked(Stage, eq=False):
         self._sent_body = self._body
         self._enter()
 
-    def _ask_function(self) -> None:
-        """The next of the functions that may answer."""
-        function = self._function = self._functions.pop(0)
+    def _ask_function(self, targets: tuple[Target, ...]) -> None:
+        """The first of those that may answer; the others are its fallbacks."""
+        function, candidates = targets[0]
+        self._function, self._fallbacks = function, targets[1:]
         proxy, parsed = self._proxy, self._parsed
         wish = parsed.get("cache_salt")
         salt = self._salt = cache_salt(
@@ -123,12 +114,18 @@ class Asked(Stage, eq=False):
         )
         self._prompt = proxy.brain.prompt(function, self._endpoint, parsed, len(self._body), salt)
         self._sent_body = self._request_body(function, salt)
-        tenant, headers = self._principal.tenant, self._headers
-        self._conversation = Conversation(proxy.sessions, function, tenant, headers, parsed)
-        if headers.replica is None:
-            self._candidates = self._snapshot.candidates(function, tenant)
+        tenant, headers, snapshot = self._principal.tenant, self._headers, self._snapshot
+        session = session_name(headers.session, parsed)
+        if session is None and function.name not in snapshot.by_conversation:
+            self._conversation = None
         else:
-            self._candidates = [self._debugged(function, headers.replica)]
+            self._conversation = Conversation(
+                proxy.sessions, function, tenant, session, headers, parsed
+            )
+        if headers.replica is None:
+            self._candidates = candidates
+        else:
+            self._candidates = (self._debugged(function, headers.replica),)
         self._enter()
 
     def _debugged(self, function: Function, replica: bytes) -> Candidate:
@@ -166,12 +163,13 @@ class Asked(Stage, eq=False):
             values.pop("cache_salt", None)
         return spliced(body, values, present)
 
-    def _head(self, candidate: Candidate, lines: Sequence[bytes], request_id: str) -> bytes:
+    def _head(self, candidate: Candidate, lines: bytes, request_id: str) -> bytes:
         path = self._request.target
         if candidate.api_path != "/v1" and path.startswith("/v1/"):
             path = candidate.api_path + path[3:]
-        return (
+        own = (
             f"{self._request.method} {candidate.base_path}{path} HTTP/1.1\r\n"
             f"Host: {candidate.host_header}\r\nContent-Length: {len(self._sent_body)}\r\n"
             f"X-Request-Id: {request_id}\r\n"
-        ).encode("latin-1") + b"".join((*lines, b"\r\n"))
+        )
+        return b"%b%b\r\n" % (own.encode("latin-1"), lines)

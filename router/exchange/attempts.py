@@ -43,7 +43,7 @@ class Attempts(Chosen, eq=False):
         counts.budget.request(perf_counter())
         self._left = 1 if self._headers.replica else 1 + function.policy.retry_attempts
         if self._tried:
-            self._tried = []
+            self._tried = ()
         queues = self._proxy.queues
         overtakes = self._headers.replica is None and (
             queues.waiting and queues.must_wait(function.name)
@@ -60,7 +60,7 @@ class Attempts(Chosen, eq=False):
         replica = candidate.id
         self._candidate = candidate
         self._left -= 1
-        self._tried.append(replica)
+        self._tried = (*self._tried, replica)
         record.attempts += 1
         record.replica = replica
         state.in_flight.sent(replica)
@@ -117,7 +117,7 @@ class Attempts(Chosen, eq=False):
         proxy.deadlines.watch(relay)
         if not self.record.dispatched:
             self.record.dispatched = now
-        lines = self._headers.lines
+        lines = self._headers.passed
         if self.record.trace is not None:
             lines = self.record.trace.passed_on(lines)
         head = self._head(self._candidate, lines, self.record.id)
@@ -171,7 +171,7 @@ class Attempts(Chosen, eq=False):
                 self._end_attempt()
                 self._attempt(*alternative)
                 return
-            if self._functions:
+            if self._fallbacks:
                 raise Refused(errors.at_capacity(self._function.name))
         elif head.status < 500:
             self._state.recovered(self._candidate.id)

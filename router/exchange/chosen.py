@@ -109,7 +109,7 @@ class Chosen(Admitted, eq=False):
             attempt=record.attempts + 1,
             forced=self._headers.replica is not None,
             skipped=proxy.decisions.skipped,
-            tried=tuple(self._tried),
+            tried=self._tried,
             ejected=ejected,
             in_flight=carried,
         )
@@ -134,5 +134,5 @@ class Chosen(Admitted, eq=False):
             load = state.in_flight.by_replica
             candidate = pick(shadow.replicas, "session", load, 0, state.chance, session=number)
             if candidate is not None and candidate is not self._candidate:
-                head = self._head(candidate, self._headers.lines, f"{self.record.id}-shadow")
+                head = self._head(candidate, self._headers.passed, f"{self.record.id}-shadow")
                 self._proxy.shadows.send(candidate, function.policy, head, self._sent_body)

@@ -176,14 +176,14 @@ class Exchange(Attempts, eq=False):
     def _refuse(self, refusal: Refusal) -> None:
         """Another function answers instead, or the router itself does."""
         self._end_attempt()
-        if self._functions and refusal.code in _FALL_BACK_ON:
+        if self._fallbacks and refusal.code in _FALL_BACK_ON:
             admission, self._admission = self._admission, None
             if admission is not None:
                 admission.undo()
             if refusal.code == "upstream_failed":
                 self._proxy.abandoned(self._candidate.id)
             try:
-                self._ask_function()
+                self._ask_function(self._fallbacks)
             except Refused as refused:
                 self._refuse(refused.refusal)
             return

@@ -21,7 +21,7 @@ from router.core.headers import ClientHeaders
 from router.core.health import Breaker
 from router.core.limits import estimated
 from router.core.record import Seen
-from router.core.snapshot import Candidate, Principal, Snapshot
+from router.core.snapshot import Candidate, Principal, Snapshot, Target
 from router.core.usage import UNCHANGED, Metering
 from router.downstream.connection import ClientConnection
 from router.downstream.request import Request
@@ -67,8 +67,8 @@ class Stage(msgspec.Struct, eq=False):
     _model: str | None = None
     _span: tuple[int, int] | None = None
     """Where the model's name stands in a form."""
-    _functions: list[Function] = []
-    """To be asked if the ones before cannot answer."""
+    _fallbacks: tuple[Target, ...] = ()
+    """To be asked if the function cannot answer."""
 
     # What it used:
     _metering: Metering = UNCHANGED
@@ -92,7 +92,7 @@ class Stage(msgspec.Struct, eq=False):
     _prompt: Prompt | None = None
     """What routing knows of the body; None where the policy does not ask."""
     _left: int = 0
-    _tried: list[str] = []
+    _tried: tuple[str, ...] = ()
     _task: asyncio.Task[None] | None = None
 
     # Of the running attempt:

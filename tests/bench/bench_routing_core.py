@@ -134,7 +134,6 @@ def costs(index_blocks):
         states.index.insert(slot, few)
     line("choose, 5 holders", timed_us(decide(few, Policy())))
     choice = decide(few, Policy())()
-    line("  its signals, for a record", timed_us(lambda: choice.signals(choice.position)))
 
     def through():
         ticket = dispatched(choice, Prompt(few, 8222), states, speeds, now=1.0)

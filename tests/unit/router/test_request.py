@@ -116,10 +116,7 @@ def test_what_of_a_clients_headers_passes():
     assert not isinstance(read, Refusal)
     assert read.token == b"secret"
     assert read.request_id is None
-    assert read.lines == [
-        b"X-Stainless-Lang: python\r\n",
-        b"Content-Type: application/json\r\n",
-    ]
+    assert read.passed == b"X-Stainless-Lang: python\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize(
