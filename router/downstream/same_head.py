@@ -45,7 +45,10 @@ class SameHead:
         return cls(data[:digits_at], data[digits_at + len(value) : head_end], kept)
 
     def again(self, data: bytes, max_body_bytes: int) -> Request | None:
-        """The request, if this is all of one with the same head; None: to be read like any other."""
+        """The request, if this is all of one with the same head; None: to be read like any other.
+
+        Its headers are the first one's, whose length they tell: go by the body.
+        """
         if not data.startswith(self._before):
             return None
         digits_at = self._digits_at
