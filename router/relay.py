@@ -57,7 +57,6 @@ class Relay(msgspec.Struct, eq=False):
     _buffered: list[bytes] = []
     _transport: asyncio.Transport | None = None
     _framing: Framing = "length"
-    _streaming: Callable[[bytes], None] | None = None
     feed: Callable[[bytes, bool], bytes] | None = None
     """Sees the body that is delivered, and says what the client gets of it."""
     _last: bytes = b""
@@ -69,16 +68,6 @@ class Relay(msgspec.Struct, eq=False):
         self.since = now = perf_counter()
         if data:
             self.chunks += 1
-            if self._streaming and not complete:
-                # Nearly every call is this one: an event in the middle of a stream.
-                if self.feed is not None:
-                    data = self.feed(data, False)
-                    if not data:
-                        return
-                self._last = data[-4:]  # all of it would be kept for a client that does not read
-                self.sent_bytes += len(data)
-                self._streaming(b"%x\r\n%b\r\n" % (len(data), data))
-                return
             if not self.first_body_at:
                 self.first_body_at = now
                 self.patience_s = self._between_s
@@ -96,6 +85,21 @@ class Relay(msgspec.Struct, eq=False):
         self._write(data if self.feed is None else self.feed(data, complete))
         if complete:
             self._owner.ended(None)
+
+    def _on_chunk(self, data: bytes, framed: bytes) -> None:
+        """Nearly all of a stream: a chunk alone, passed on with the framing that it came in."""
+        self.since = perf_counter()
+        self.chunks += 1
+        if self.feed is not None:
+            kept = self.feed(data, False)
+            if kept is not data:
+                if not kept:
+                    return
+                data, framed = kept, b"%x\r\n%b\r\n" % (len(kept), kept)
+        self._last = data[-4:]  # all of it would be kept for a client that does not read
+        self.sent_bytes += len(data)
+        assert self._transport is not None
+        self._transport.write(framed)
 
     def failed(self, error: UpstreamFailed) -> None:
         self._end(error)
@@ -119,7 +123,7 @@ class Relay(msgspec.Struct, eq=False):
         if self.complete:
             self._owner.ended(None)
         elif framing == "chunked":
-            self._streaming = transport.write
+            self._connection.on_chunk = self._on_chunk
 
     def pause(self) -> None:
         """The client reads too slowly: read no more from the engine."""

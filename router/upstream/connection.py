@@ -1,12 +1,16 @@
 """One keep-alive HTTP/1.1 connection to an engine, carrying one exchange at a time.
 
-llhttp (httptools) reads heads and framing; body bytes are handed on as they come, unread. Not here:
-which engine (core.pick), keeping connections (pool), and what becomes of the bytes (relay).
+llhttp (httptools) reads heads and framing; body bytes are handed on as they come, unread. In the
+middle of a stream nearly every read is one whole chunk: such a one is told at a glance, and spared
+llhttp. Not here: which engine (core.pick), keeping connections (pool), and what becomes of the bytes
+(relay).
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Final, Literal, Protocol, cast
 
 import httptools
@@ -15,9 +19,9 @@ import msgspec
 MAX_HEAD_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
 
-_READ_VIEW: Final = memoryview(bytearray(64 * 1024))
-"""Where every connection reads into: what was read is parsed, and its body copied out, before the
-loop reads again. Its size bounds what a client that does not read can make the router hold."""
+_SIZE_DIGITS: Final = 8
+"""Of a chunk, in hexadecimal, that is told at a glance."""
+_ZERO: Final = 0x30
 
 _HOP_BY_HOP: Final = frozenset(
     {
@@ -89,7 +93,7 @@ class Receiver(Protocol):
         """Nothing more will come."""
 
 
-class Connection(asyncio.BufferedProtocol):
+class Connection(asyncio.Protocol):
     """The protocol. `send` starts an exchange; the receiver hears of it until its end."""
 
     __slots__ = (
@@ -104,10 +108,14 @@ class Connection(asyncio.BufferedProtocol):
         "_parser",
         "_receiver",
         "_retry_after",
+        "_within",
         "closed",
         "exchanges",
         "idle_since",
         "on_body",
+        "on_chunk",
+        "on_chunk_complete",
+        "on_chunk_header",
         "reusable",
         "transport",
     )
@@ -122,6 +130,14 @@ class Connection(asyncio.BufferedProtocol):
         self._body: list[bytes] = []
         self.on_body = self._body.append
         """What llhttp calls with body bytes; without a Python frame for each."""
+        self._within: list[str] = []
+        """Empty while llhttp is between two chunks; else what it is within."""
+        self.on_chunk_header = partial(self._within.append, "a chunk")
+        self.on_chunk_complete = self._within.clear
+        self.on_chunk: Callable[[bytes, bytes], None] | None = None
+        """Set it to get each whole chunk that comes alone: its bytes, and the same with their framing.
+
+        Its receiver gets all others. Goes with the exchange."""
         self._parser = httptools.HttpResponseParser(self)
         self._begin()
 
@@ -135,6 +151,8 @@ class Connection(asyncio.BufferedProtocol):
         self._chunked = False
         self._complete = False
         self.reusable = False
+        self.on_chunk = None
+        self._within[:] = ("a head, or a body without chunks",)
 
     # What asyncio calls.
 
@@ -142,10 +160,16 @@ class Connection(asyncio.BufferedProtocol):
         # uvloop's transports behave as asyncio.Transport without being one.
         self.transport = cast("asyncio.Transport", transport)
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio calls it so
-        return _READ_VIEW
-
-    def buffer_updated(self, nbytes: int) -> None:
+    def data_received(self, data: bytes) -> None:
+        on_chunk = self.on_chunk
+        if on_chunk is not None and not self._within:
+            size_end = data.find(b"\r\n", 1, 2 + _SIZE_DIGITS)
+            if size_end > 0 and data[0] != _ZERO:
+                chunk = data[size_end + 2 : -2]
+                # As the size would be written of just these bytes: so it is theirs, and nothing else.
+                if (b"%x" % len(chunk)) == data[:size_end] and data.endswith(b"\r\n"):
+                    on_chunk(chunk, data)
+                    return
         receiver = self._receiver
         if receiver is None:
             # Nothing was asked: whatever this is, it must not become the next answer.
@@ -153,12 +177,14 @@ class Connection(asyncio.BufferedProtocol):
             return
         had_head = self._head
         if had_head is None:
-            self._head_bytes += nbytes
+            self._head_bytes += len(data)
         try:
-            self._parser.feed_data(_READ_VIEW[:nbytes])
+            self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade, ValueError) as error:
             self._fail(f"the answer is not HTTP/1.1: {type(error).__name__}")
             return
+        if not self._within and not data.endswith(b"\r\n"):
+            self._within.append("the size of a chunk")
         head = self._head
         if head is None:
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -170,7 +196,7 @@ class Connection(asyncio.BufferedProtocol):
             out = b"".join((*body, out))
             body.clear()
         if self._complete:
-            self._receiver = None
+            self._receiver = self.on_chunk = None
             self.reusable = self.reusable and not self.closed
         if out or had_head is None or self._complete:
             receiver.received(None if had_head else head, out, self._complete)
@@ -187,7 +213,7 @@ class Connection(asyncio.BufferedProtocol):
         receiver = self._receiver
         if receiver is None:
             return
-        self._receiver = None
+        self._receiver = self.on_chunk = None
         if self._head is not None and self._length is None and exc is None and not self._chunked:
             # Neither a length nor chunks: the end of the connection is the end of the body.
             receiver.received(None, b"", True)
@@ -261,11 +287,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._receiver is None or self.closed:
             return False
         self._receiver = receiver
+        self.on_chunk = None
         return True
 
     def close(self) -> None:
         """Ends the connection at once; a running exchange's receiver hears no more."""
-        self._receiver = None
+        self._receiver = self.on_chunk = None
         self.closed = True
         self.reusable = False
         if self.transport is not None:
