@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from redis.exceptions import RedisError
 from router.usage_journal import Journal, JournalBusy, journals_in
 from schemas.wire import redis_keys
 
+_length: Final = struct.Struct(">H").pack
 _log: Final = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
@@ -33,7 +35,7 @@ _FULL: Final = 1_000_000
 
 # KEYS usage, usage:sent, usage:acked
 # ARGV journal, number before the first that the journal has, entries at which the stream is full,
-#      number of the first record, records...
+#      number of the first record, records: each behind its length in two bytes
 # Returns a word, the greatest number there, and the greatest one that the ledger has.
 _SEND: Final = """
 local acked = tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '0') or 0
@@ -41,19 +43,30 @@ local known = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') or 0
 local there = math.max(acked, known, tonumber(ARGV[2]))
 local first = tonumber(ARGV[4])
 if first > there + 1 then return {'lost', there, acked} end
-if #ARGV > 4 and redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then
+local records, at, number = ARGV[5], 1, first
+if #records > 0 and redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then
   return {'full', there, acked}
 end
-for i = 5, #ARGV do
-  local number = first + i - 5
+while at <= #records do
+  local size, begins = struct.unpack('>I2', records, at)
+  at = begins + size
   if number > there then
-    redis.call('XADD', KEYS[1], '*', 'r', ARGV[i])
+    redis.call('XADD', KEYS[1], '*', 'r', string.sub(records, begins, at - 1))
     there = number
   end
+  number = number + 1
 end
 if there > known then redis.call('HSET', KEYS[2], ARGV[1], there) end
 return {'sent', there, acked}
 """
+
+
+def _packed(records: list[bytes]) -> bytes:
+    """One argument for all: a client of Redis looks at each."""
+    parts: list[bytes] = []
+    for data in records:
+        parts += (_length(len(data)), data)
+    return b"".join(parts)
 
 
 class UsageStream:
@@ -135,7 +148,7 @@ class UsageStream:
         self._adopted.clear()
 
     async def _flush(self, journal: Journal) -> bool:
-        """One batch; whether there may be more to do at once."""
+        """One batch; whether there is more to do at once."""
         if not journal.kept:
             return False
         batch = journal.unsent(_BATCH)
@@ -144,7 +157,7 @@ class UsageStream:
         whole = [data for at, (seq, data) in enumerate(batch) if seq == first + at]
         word, there, acked = await self._send(
             keys=[redis_keys.USAGE_STREAM, redis_keys.USAGE_SENT, redis_keys.USAGE_ACKED],
-            args=[journal.name, journal.oldest - 1, _FULL, first, *whole],
+            args=[journal.name, journal.oldest - 1, _FULL, first, _packed(whole)],
         )
         if word == b"lost":
             journal.send_again()
@@ -154,7 +167,8 @@ class UsageStream:
             return False
         journal.sent(there)
         journal.acknowledge(acked)
-        return bool(journal.waiting)
+        # What came meanwhile goes with the next batch: sent at once, each would go by itself.
+        return len(batch) == _BATCH
 
     def _adopt(self) -> None:
         """Takes over the journals of processes that have died."""

@@ -93,18 +93,16 @@ def spliced(body: bytes, values: Mapping[str, bytes], present: Collection[str]) 
     if not values:
         return body
     there = [key for key in values if key in present]
-    out: list[bytes] = []
-    at = 0
     if len(there) < len(values):
         begins = _BEGINS.match(body)
         assert begins is not None
         at = body.index(b"{") + 1
         added = b",".join(
-            b'"%b":%b' % (key.encode(), value)
-            for key, value in values.items()
-            if key not in present
+            [b'"%b":%b' % (k.encode(), v) for k, v in values.items() if k not in present]
         )
-        out += (body[:at], added, b"" if begins.group(1) else b",")
+        out = [body[:at], added, b"" if begins.group(1) else b","]
+    else:
+        at, out = 0, []
     if there:
         found = _quick_spans(body, there)
         for start, end, key in spans(body, there) if found is None else found:
