@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 from redis.asyncio import Redis
@@ -29,6 +29,7 @@ from router.core.leases import (
     Book,
     Failing,
     Message,
+    Role,
     Share,
     Verdict,
     Wants,
@@ -58,23 +59,22 @@ _FLIGHT_S: Final = 1.0
 _ASK_AGAIN_S: Final = 0.003
 _MOST_ASKS: Final = 64
 _MAX_WAIT_S: Final = 5.0
-_RESET: Final = b"1m1s"
+_RESET: Final = "1m1s"
 """When a window is whole again if nothing more is sent: this request leaves it last."""
 
 
 class _Shown:
-    """A rate as its headers show it."""
+    """A rate as its headers show it: `line` but for what remains of it."""
 
-    __slots__ = ("head", "role", "share")
+    __slots__ = ("line", "share")
 
     def __init__(self, share: Share) -> None:
         self.share = share
-        self.role = share.limit.role.encode()
-        self.head = b"x-ratelimit-limit-%b: %d\r\nx-ratelimit-remaining-%b: " % (
-            self.role,
-            share.limit.limit,
-            self.role,
-        )
+        what = share.limit.role
+        self.line = (
+            f"x-ratelimit-limit-{what}: {share.limit.limit}\r\n"
+            f"x-ratelimit-remaining-{what}: %d\r\nx-ratelimit-reset-{what}: {_RESET}\r\n"
+        ).encode()
 
 
 class Plan:
@@ -82,10 +82,13 @@ class Plan:
 
     __slots__ = (
         "budgets",
-        "ending",
+        "ends",
+        "in_tokens",
+        "in_usd",
         "price",
-        "priced",
+        "rates",
         "requests",
+        "slots",
         "soft_percent",
         "tokens",
         "wants",
@@ -95,48 +98,51 @@ class Plan:
         self.wants = wants
         self.price = price
         self.soft_percent = soft_percent
-        self.ending = tuple(
-            (share, share.limit.role) for share, _ in wants if share.limit.role != "requests"
-        )
-        self.budgets = [s for s, _ in wants if s.limit.role in ("budget_usd", "budget_tokens")]
-        self.priced = any(share.limit.role == "budget_usd" for share in self.budgets)
+        of_role = {r: [s for s, _ in wants if s.limit.role == r] for r in get_args(Role)}
+        self.rates, self.slots = of_role["tokens"], of_role["concurrent"]
+        self.in_usd, self.in_tokens = of_role["budget_usd"], of_role["budget_tokens"]
+        self.budgets = self.in_usd + self.in_tokens
+        self.ends = bool(self.rates or self.slots or self.budgets)
+        """Whether anything is to be given back."""
         # A function's are everybody's: what is left of them is nobody's business.
         own = [_Shown(s) for s, _ in wants if s.is_rate and s.limit.level != "function"]
         self.requests = [shown for shown in own if shown.share.limit.role == "requests"]
         self.tokens = [shown for shown in own if shown.share.limit.role == "tokens"]
 
 
-class Admission:
+class Admission(msgspec.Struct, eq=False):
     """A request that was let in. Settle or release it whichever way it ends; the first time counts."""
 
-    __slots__ = ("_admitted_at", "_amounts", "_done", "_limiter", "_plan")
-
-    def __init__(self, limiter: Limiter, plan: Plan, amounts: Amounts, admitted_at: float) -> None:
-        self._limiter = limiter
-        self._plan = plan
-        self._amounts = amounts
-        self._admitted_at = admitted_at
-        self._done = not plan.ending
+    _limiter: Limiter
+    _plan: Plan
+    _amounts: Amounts
+    _admitted_at: float
+    _done: bool = False
 
     def settle(self, input_tokens: int, output_tokens: int, cost_usd: float | None = None) -> None:
         """It has ended and used so much; the cost at the function's price where none is given."""
         if self._done:
             return
         self._done = True
-        book, plan, amounts = self._limiter.book, self._plan, self._amounts
-        tokens = input_tokens + output_tokens
-        for share, role in plan.ending:
-            if role == "tokens":
-                book.settle_tokens(share, amounts[1], tokens, self._admitted_at)
-            elif role == "concurrent":
-                book.release(share, 1)
-            elif role == "budget_tokens":
-                book.release(share, amounts[1], tokens)
-            elif cost_usd is None:
+        plan = self._plan
+        if not plan.ends:
+            return
+        book, tokens = self._limiter.book, input_tokens + output_tokens
+        _, tokens_taken, cost_taken = self._amounts
+        if tokens != tokens_taken:
+            for share in plan.rates:
+                book.settle_tokens(share, tokens_taken, tokens, self._admitted_at)
+        for share in plan.slots:
+            book.release(share, 1)
+        for share in plan.in_tokens:
+            book.release(share, tokens_taken, tokens)
+        if plan.in_usd:
+            if cost_usd is None:
                 cost = price_nano_usd(plan.price, input_tokens, output_tokens)
-                book.release(share, amounts[2], cost)
             else:
-                book.release(share, amounts[2], round(cost_usd * NANO))
+                cost = round(cost_usd * NANO)
+            for share in plan.in_usd:
+                book.release(share, cost_taken, cost)
         if book.news:
             self._limiter.tell_now()
 
@@ -155,21 +161,18 @@ class Admission:
 
     def headers(self) -> bytes:
         """`x-ratelimit-*` of the narrowest of tenant and key, and a budget's warning; lines with ends."""
-        plan = self._plan
+        plan, limiter = self._plan, self._limiter
         lines = b""
         for rates in (plan.requests, plan.tokens):
-            if rates:
-                left, shown = self._limiter.remaining(rates[0].share), rates[0]
-                for other in rates[1:]:
-                    of_other = self._limiter.remaining(other.share)
-                    if of_other < left:
-                        left, shown = of_other, other
-                lines += b"%b%d\r\nx-ratelimit-reset-%b: %b\r\n" % (
-                    shown.head,
-                    left,
-                    shown.role,
-                    _RESET,
-                )
+            narrowest: _Shown | None = None
+            least = 0
+            for shown in rates:
+                share = shown.share
+                left = limiter.remaining(share) if limiter.book.away else share.free + share.pool
+                if narrowest is None or left < least:
+                    narrowest, least = shown, left
+            if narrowest is not None:
+                lines += narrowest.line % max(0, least)
         for share in plan.budgets:
             percent = 100 * share.spent_by_all / share.limit.limit if share.limit.limit else 100.0
             if percent >= plan.soft_percent:
@@ -326,7 +329,7 @@ class Limiter:
         return plan
 
     def _amounts(self, plan: Plan, input_tokens: int, output_tokens: int) -> Amounts:
-        price = price_nano_usd(plan.price, input_tokens, output_tokens) if plan.priced else 0
+        price = price_nano_usd(plan.price, input_tokens, output_tokens) if plan.in_usd else 0
         return 1, input_tokens + output_tokens, price
 
     def _refusal(self, failing: Failing, function: Function) -> Refusal:
