@@ -90,6 +90,9 @@ class PrefixIndex:
         """Mask of the bits that have a slot."""
         self._retired: deque[_Cache] = deque()
         self._expanded: dict[int, tuple[int, ...]] = {}
+        """Masks -> slots of their bits."""
+        self._of_bytes: dict[int, tuple[int, ...]] = {}
+        """Place of a byte in a mask << 8 | the byte -> slots of its bits."""
 
     def __len__(self) -> int:
         """Distinct blocks."""
@@ -153,6 +156,7 @@ class PrefixIndex:
         self._slots[bit] = slot
         self._known |= 1 << bit
         self._expanded.clear()
+        self._of_bytes.clear()
         return _Cache(bit, capacity)
 
     def _retire(self, cache: _Cache) -> None:
@@ -160,6 +164,7 @@ class PrefixIndex:
         del self._slots[cache.bit]
         self._known &= ~(1 << cache.bit)
         self._expanded.clear()
+        self._of_bytes.clear()
         self._retired.append(cache)
 
     def sweep(self, blocks: int) -> None:
@@ -294,8 +299,21 @@ class PrefixIndex:
         if slots is None:
             if len(self._expanded) >= _KEPT_EXPANSIONS:
                 self._expanded.clear()
-            slots = self._expanded[mask] = tuple(self._slots[bit] for bit in _bits(mask))
+            slots = self._expanded[mask] = self._by_bytes(mask)
         return slots
+
+    def _by_bytes(self, mask: int) -> tuple[int, ...]:
+        """The same, of a mask that is new: masks of many replicas often are, their bytes seldom."""
+        out: list[int] = []
+        known = self._of_bytes
+        for place, byte in enumerate(mask.to_bytes((mask.bit_length() + 7) // 8, "little")):
+            if byte:
+                slots = known.get(place << 8 | byte)
+                if slots is None:
+                    bits = (8 * place + bit for bit in _bits(byte))
+                    slots = known[place << 8 | byte] = tuple(self._slots[bit] for bit in bits)
+                out += slots
+        return tuple(out)
 
     # Records
 

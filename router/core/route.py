@@ -33,10 +33,10 @@ from router.core.speeds import Speeds
 from router.core.trust import Trust, discounted
 from schemas.wire.routing import Policy
 
-Gather = Callable[[Any], tuple[Any, ...]]
+Gather = Callable[[Any], Sequence[Any]]
 
-_Column = tuple[float, ...]
-_KEPT_POSITIONS: Final = 1024
+_Column = Sequence[float]
+_FEW: Final = 8
 _NO_DOUBT: Final[dict[int, float]] = {}
 ANSWER_TOKENS: Final = 256.0
 """Cache that an answer is taken to need besides its prompt."""
@@ -45,7 +45,7 @@ ANSWER_TOKENS: Final = 256.0
 class Candidates:
     """Replicas between which a request is decided, by slot. Keep it for as long as they are the same."""
 
-    __slots__ = ("_gather", "_known", "_positions", "_version", "keys", "position", "slots")
+    __slots__ = ("_first", "_gather", "_known", "_take", "_version", "keys", "position", "slots")
 
     def __init__(self, slots: Sequence[int], ids: Sequence[str]) -> None:
         """`ids` are the replicas' names in the same order; at least one."""
@@ -53,44 +53,49 @@ class Candidates:
         self.keys = tuple(xxh64_intdigest(name.encode()) for name in ids)
         """For `rendezvous`."""
         self.position = {slot: i for i, slot in enumerate(self.slots)}
-        # itemgetter of one index gives the item, not a tuple.
-        self._gather: Gather = (
-            itemgetter(*self.slots) if len(slots) > 1 else lambda of: (of[self.slots[0]],)
-        )
+        first, count = self.slots[0], len(self.slots)
+        in_a_row = self.slots == tuple(range(first, first + count))
+        self._first = first if in_a_row else None
+        """Of slots that follow one another, as a function's mostly do."""
+        self._gather: Gather = itemgetter(*self.slots) if count > 1 else lambda of: (of[first],)
+        """From a dict by slot."""
+        self._take: Gather = itemgetter(slice(first, first + count)) if in_a_row else self._gather
+        """From a list by slot."""
         self._version = -1
         self._known: tuple[_Column, _Column, _Column] = ((), (), ())
-        self._positions: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def positions(self, slots: tuple[int, ...]) -> tuple[int, ...]:
         """Where these stand; slots that are no candidates are left out."""
-        found = self._positions.get(slots)
-        if found is None:
-            if len(self._positions) >= _KEPT_POSITIONS:
-                self._positions.clear()
-            at = self.position
-            found = self._positions[slots] = tuple(at[slot] for slot in slots if slot in at)
-        return found
+        first = self._first
+        if first is not None:
+            if len(slots) > _FEW and not first and max(slots) < len(self.slots):
+                return slots
+            end = first + len(self.slots)
+            return tuple([slot - first for slot in slots if first <= slot < end])
+        at = self.position
+        return tuple([at[slot] for slot in slots if slot in at])
 
     def fleet(self, load: Load, speeds: Speeds, now: float) -> Fleet:
         """What is known of them, side by side."""
-        gather = self._gather
         if self._version != speeds.version:
+            gather = self._gather
             self._known = gather(speeds.rtt_s), gather(speeds.slow), gather(speeds.cost)
             self._version = speeds.version
+        take = self._take
         return Fleet(
             *self._known,
             speeds.p,
             speeds.q,
-            gather(load.ready_at),
-            gather(load.floor_s),
-            gather(load.kv_used),
-            gather(load.requests),
+            take(load.ready_at),
+            take(load.floor_s),
+            take(load.kv_used),
+            take(load.requests),
             now,
         )
 
-    def requests(self, load: Load) -> tuple[int, ...]:
+    def requests(self, load: Load) -> Sequence[int]:
         """Requests on each of them."""
-        return self._gather(load.requests)
+        return self._take(load.requests)
 
 
 @dataclass(slots=True)

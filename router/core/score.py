@@ -167,24 +167,26 @@ class Ranking:
         """Seconds: weighted rtt + wait + price x prefill. The one loop over all candidates."""
         fleet, n, cold_s = self.fleet, self.tokens, self._cold_s
         weights = self.weights
-        if (weights is _DEFAULT or weights == _DEFAULT) and fleet.slow.count(1.0) == len(
-            fleet.slow
-        ):
+        at_ease = fleet.slow.count(1.0) == len(fleet.slow)
+        if at_ease and MU_S == 1.0 and (weights is _DEFAULT or weights == _DEFAULT):
             # Nearly always, and half the time: the same sum, without factors that are 1.
-            priced, mu = self.price, MU_S
-            cold_s *= priced
-            costs = [
-                r + x + mu * k + c * cold_s
-                for r, x, k, c in zip(
-                    fleet.rtt_s, self._backlog_s, fleet.kv_used, fleet.factor, strict=True
+            priced = self.price
+            prefills = [priced * cold_s] * len(fleet.rtt_s)
+            for cached, positions in self.held:
+                each = priced * fleet.prefill_s(cached, n)
+                for i in positions:
+                    prefills[i] = each
+            return [
+                r + x + k + c * t
+                for r, x, k, c, t in zip(
+                    fleet.rtt_s,
+                    self._backlog_s,
+                    fleet.kv_used,
+                    fleet.factor,
+                    prefills,
+                    strict=True,
                 )
             ]
-            factor = fleet.factor
-            for cached, positions in self.held:
-                saved = cold_s - priced * fleet.prefill_s(cached, n)
-                for i in positions:
-                    costs[i] -= factor[i] * saved
-            return costs
         kv, load, rtt = self._multipliers()
         # Of wait's prefill (slow - 1) T one T is taken from what is priced.
         priced, mu = kv * self.price - load, load * MU_S
