@@ -22,6 +22,8 @@ from typing import Final
 
 DEFAULT_CAPACITY_BLOCKS: Final = 16_384
 """Of a replica that has not said: 1M tokens."""
+RECENT: Final = 16
+"""What was used while this part of a cache's blocks was used is taken for used just now."""
 _SWEEP_BLOCKS: Final = 256
 """Of what a cleared replica held, forgotten with each insertion."""
 _BATCH_BLOCKS: Final = 1024
@@ -31,7 +33,7 @@ _KEPT_EXPANSIONS: Final = 4096
 class _Run:
     """Blocks that one replica used last at the same moment."""
 
-    __slots__ = ("blocks", "cache", "live")
+    __slots__ = ("blocks", "cache", "live", "used_at")
 
     def __init__(self, cache: _Cache, blocks: Sequence[int]) -> None:
         self.cache = cache
@@ -39,12 +41,13 @@ class _Run:
         """In the order of the prompt; some may have been used again since, in another run."""
         self.live = 0
         """How many have not."""
+        self.used_at = cache.used
 
 
 class _Cache:
     """What one replica is thought to hold since it was last cleared."""
 
-    __slots__ = ("bit", "capacity", "dead_runs", "inserted", "runs", "size")
+    __slots__ = ("bit", "capacity", "dead_runs", "inserted", "runs", "size", "used")
 
     def __init__(self, bit: int, capacity: int) -> None:
         self.bit = bit
@@ -55,6 +58,8 @@ class _Cache:
         self.runs: deque[_Run] = deque()
         """Least recently used first."""
         self.dead_runs = 0
+        self.used = 0
+        """Blocks that were used, each time they were: the clock of its runs."""
 
 
 class _Holders:
@@ -189,15 +194,17 @@ class PrefixIndex:
             blocks = blocks[: cache.capacity]
         if not blocks:
             return
-        runs = cache.runs
-        last = runs[-1] if runs else None
-        if last and last.live == len(blocks) == len(last.blocks) and last.blocks[-1] == blocks[-1]:
-            return  # the same chain once more: it is the most recent already
-        run = _Run(cache, blocks)
         holders = self._holders
         get = holders.get
+        known = get(blocks[-1])
+        if known is not None and known.mask & 1 << cache.bit:
+            used_at = next(run.used_at for run in known.runs if run.cache is cache)
+            if cache.used - used_at <= cache.capacity // RECENT:
+                return  # all of the chain was used just now: what is older is not told apart so finely
         start = 0
         count = len(blocks)
+        cache.used += count
+        run = _Run(cache, blocks)
         while start < count:
             # One step for all neighbours of which the same is known.
             old = get(blocks[start])

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from router.core.index import PrefixIndex
+from router.core.index import RECENT, PrefixIndex
 
 SLOTS = 4
 PROMPTS = st.lists(st.integers(0, 2), min_size=1, max_size=14)
@@ -29,16 +29,24 @@ def depths(index, blocks):
 
 
 class Naive:
-    """One LRU dict a replica, walked block by block."""
+    """One LRU dict a replica, walked block by block; what was used just now keeps its place."""
 
     def __init__(self):
         self.held = {}
         self.capacity = {}
+        self.used = Counter()
 
     def insert(self, slot, blocks):
-        held = self.held[slot]
-        for block in reversed(blocks[: self.capacity[slot]]):
-            held[block] = None
+        held, capacity = self.held[slot], self.capacity[slot]
+        blocks = blocks[:capacity]
+        if not blocks:
+            return
+        used_at = held.get(blocks[-1])
+        if used_at is not None and self.used[slot] - used_at <= capacity // RECENT:
+            return
+        self.used[slot] += len(blocks)
+        for block in reversed(blocks):
+            held[block] = self.used[slot]
             held.move_to_end(block)
         self.trim(slot)
 
