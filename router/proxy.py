@@ -189,7 +189,7 @@ class Proxy:
 
     def abandoned(self, replica: str) -> None:
         """An attempt came to nothing, and another is made: the record tells of the last one alone."""
-        self.signals.ended(replica, failed=True)
+        self.signals.abandoned(replica)
 
     def listen_on(
         self, connection: Connection, metered: Metered, over: Callable[[Metered], None]

@@ -77,38 +77,27 @@ class Signals:
         if not record.function:
             return
         self._arrived[record.function] = self._arrived.get(record.function, 0) + 1
-        if record.replica:
-            # What the router counted itself says nothing of caches.
-            usage = record.usage
-            said = usage is not None and not usage.estimated
-            self.ended(
-                record.replica,
-                failed=record.outcome in _FAILURES,
-                ttft_s=record.first_body - record.started if record.first_body else None,
-                input_tokens=usage.input_tokens if usage is not None and said else 0,
-                cached_tokens=usage.cached_tokens if usage is not None and said else 0,
-            )
-
-    def ended(
-        self,
-        replica: str,
-        *,
-        failed: bool,
-        ttft_s: float | None = None,
-        input_tokens: int = 0,
-        cached_tokens: int = 0,
-    ) -> None:
-        """An attempt at a replica is over. `ttft_s`: None where no answer began."""
-        arm = self._of_replica.get(replica)
+        arm = self._of_replica.get(record.replica)
         if arm is None:
             return
         arm.attempts += 1
-        arm.failed += failed
-        arm.input_tokens += input_tokens
-        arm.cached_tokens += cached_tokens
-        if ttft_s is not None:
-            bucket = ttft_bucket(ttft_s)
+        if record.outcome in _FAILURES:
+            arm.failed += 1
+        usage = record.usage
+        # What the router counted itself says nothing of caches.
+        if usage is not None and not usage.estimated:
+            arm.input_tokens += usage.input_tokens
+            arm.cached_tokens += usage.cached_tokens
+        if record.first_body:
+            bucket = ttft_bucket(record.first_body - record.started)
             arm.ttft[bucket] = arm.ttft.get(bucket, 0) + 1
+
+    def abandoned(self, replica: str) -> None:
+        """An attempt came to nothing, and another is made elsewhere."""
+        arm = self._of_replica.get(replica)
+        if arm is not None:
+            arm.attempts += 1
+            arm.failed += 1
 
     def wakes(self, function: str) -> None:
         """A request finds a function asleep: told at once, also where another answers in its place."""

@@ -177,6 +177,13 @@ class ClientConnection(asyncio.Protocol):
         if self._deaf:
             return
         if self.ongoing is None and not self._complete:
+            if self._same_head is not None and self._request is None:
+                request = self._same_head.again(data, self._server.max_body_bytes)
+                if request is not None:
+                    self._unlike = 0
+                    request.transport = self.transport
+                    self._serve(request)
+                    return
             self._read(data)
             return
         self._ahead.append(data)
@@ -188,13 +195,6 @@ class ClientConnection(asyncio.Protocol):
 
     def _read(self, data: bytes) -> None:
         fresh = self._request is None
-        if fresh and self._same_head is not None:
-            request = self._same_head.again(data, self._server.max_body_bytes)
-            if request is not None:
-                self._unlike = 0
-                request.transport = self.transport
-                self._serve(request)
-                return
         if not self._head_read:
             self._head_bytes += len(data)
         try:

@@ -14,6 +14,8 @@ from reconciler.core.signals import Signals as Heard
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.signals import SignalsWatch
 from reconciler.publish.valkey import EmbeddedValkey
+from router.core.usage import Usage
+from router.records import Outcome, RequestRecord
 from router.signals import Signals
 from router.state import RouterState
 from schemas.wire import redis_keys
@@ -53,6 +55,17 @@ async def running(*works) -> AsyncIterator[None]:
                 await task
 
 
+def ended(
+    replica: str, outcome: Outcome = "ok", *, ttft_s: float = 0.0, usage: Usage | None = None
+) -> RequestRecord:
+    """What a request that was sent there leaves."""
+    record = RequestRecord("/v1/chat/completions", "chat", 100.0, function="f", replica=replica)
+    record.outcome = outcome
+    record.usage = usage
+    record.first_body = 100.0 + ttft_s if ttft_s else 0.0
+    return record
+
+
 async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp_path):
     state = RouterState(upstream_keepalive_s=1)
     held: dict[str, int] = {}
@@ -62,9 +75,10 @@ async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp
     }
     counted = Signals(state, "r1", waiting=lambda: held, engine=reports.get)
     state.install(table(1, "r-1", "r-2"), 2e9)
-    for failed in (False, False, True):
-        counted.ended("r-1", failed=failed, ttft_s=0.2, input_tokens=100, cached_tokens=25)
-    counted.ended("unknown", failed=True)
+    for outcome in ("ok", "ok", "interrupted"):
+        counted.finished(ended("r-1", outcome, ttft_s=0.2, usage=Usage(100, 25, 1)))
+    counted.finished(ended("unknown", "interrupted"))
+    counted.abandoned("unknown")
     heard = Heard()
     urgent: list[bool] = []
     async with valkey(tmp_path) as redis:
@@ -108,7 +122,7 @@ def test_a_replica_that_leaves_is_counted_until_what_it_carries_has_ended():
     state.install(table(1, "r-1"), 2e9)
     state.in_flight.sent("r-1")
     state.install(table(2), 2e9)
-    counted.ended("r-1", failed=False, ttft_s=0.1)
+    counted.finished(ended("r-1", ttft_s=0.1))
     (arm,) = counted.message(full=True).arms
     assert (arm.attempts, arm.in_flight) == (1, 1)
     state.in_flight.ended("r-1")
@@ -123,6 +137,6 @@ def test_between_full_messages_only_changes_are_told():
     assert len(counted.message(full=False).arms) == 1
     assert counted.message(full=False).arms == ()
     assert len(counted.message(full=True).arms) == 1
-    counted.ended("r-1", failed=True)
+    counted.abandoned("r-1")
     (arm,) = counted.message(full=False).arms
     assert (arm.attempts, arm.failed, arm.ttft) == (1, 1, {})
