@@ -19,6 +19,10 @@ import msgspec
 MAX_HEAD_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
 
+_READ_VIEW: Final = memoryview(bytearray(64 * 1024))
+"""Where every connection reads into: what was read is copied out before the loop reads again. Its size
+bounds what a client that does not read can make the router hold."""
+
 _SIZE_DIGITS: Final = 8
 """Of a chunk, in hexadecimal, that is told at a glance."""
 _ZERO: Final = 0x30
@@ -93,7 +97,7 @@ class Receiver(Protocol):
         """Nothing more will come."""
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """The protocol. `send` starts an exchange; the receiver hears of it until its end."""
 
     __slots__ = (
@@ -160,7 +164,11 @@ class Connection(asyncio.Protocol):
         # uvloop's transports behave as asyncio.Transport without being one.
         self.transport = cast("asyncio.Transport", transport)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio calls it so
+        return _READ_VIEW
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(_READ_VIEW[:nbytes])
         on_chunk = self.on_chunk
         if on_chunk is not None and not self._within:
             size_end = data.find(b"\r\n", 1, 2 + _SIZE_DIGITS)

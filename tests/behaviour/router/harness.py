@@ -155,10 +155,12 @@ class FakeEngine:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when a connection ends."""
     url: str = ""
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
         self.open += 1
+        self.writers.append(writer)
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -193,6 +195,9 @@ async def fake_engine(answer: Answer | None = None) -> AsyncIterator[FakeEngine]
         yield engine
     finally:
         server.close()
+        for writer in engine.writers:
+            writer.transport.abort()  # what nobody reads would keep it open
+        await asyncio.sleep(0)
 
 
 @dataclass

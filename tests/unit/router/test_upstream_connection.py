@@ -46,6 +46,11 @@ class Client:
         self.error = error
 
 
+def read(connection: Connection, data: bytes) -> None:
+    connection.get_buffer(-1)[: len(data)] = data
+    connection.buffer_updated(len(data))
+
+
 def exchange(*reads: bytes, count: int = 1) -> list[Client]:
     connection = Connection()
     connection.connection_made(Transport())
@@ -55,7 +60,7 @@ def exchange(*reads: bytes, count: int = 1) -> list[Client]:
         clients.append(client)
         connection.send(b"", b"", client)
         for data in reads:
-            connection.data_received(data)
+            read(connection, data)
             if connection.closed:
                 break
     connection.connection_lost(None)
@@ -110,6 +115,6 @@ def test_a_connection_that_is_used_again_and_again_does_not_grow():
     connection.connection_made(Transport())
     for _ in range(50):
         connection.send(b"", b"", Client(connection))
-        connection.data_received(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        read(connection, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert len(connection._within) <= 2
     connection.connection_lost(None)
