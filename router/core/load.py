@@ -10,6 +10,7 @@ Not here: what a request's work is (speeds), or how the shares of other routers 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
@@ -108,11 +109,11 @@ class _Engine:
 class Load:
     """All replicas of one router, by slot. The sequences are what scoring reads."""
 
-    ready_at: list[float] = field(default_factory=list)
+    ready_at: array[float] = field(default_factory=lambda: array("d"))
     """When its prefill would be done if nothing came; -inf: it has none."""
-    floor_s: list[float] = field(default_factory=list)
+    floor_s: array[float] = field(default_factory=lambda: array("d"))
     """Work behind the request at the front."""
-    kv_used: list[float] = field(default_factory=list)
+    kv_used: array[float] = field(default_factory=lambda: array("d"))
     """0 to 1, an estimate."""
     requests: list[int] = field(default_factory=list)
     _queues: list[_Queue] = field(default_factory=list)

@@ -7,6 +7,7 @@ from a choice is counted by `dispatched`, before the request is sent. Not here: 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -45,7 +46,7 @@ ANSWER_TOKENS: Final = 256.0
 class Candidates:
     """Replicas between which a request is decided, by slot. Keep it for as long as they are the same."""
 
-    __slots__ = ("_first", "_gather", "_known", "_take", "_version", "keys", "position", "slots")
+    __slots__ = ("_first", "_gather", "_known", "_row", "_version", "keys", "position", "slots")
 
     def __init__(self, slots: Sequence[int], ids: Sequence[str]) -> None:
         """`ids` are the replicas' names in the same order; at least one."""
@@ -58,9 +59,7 @@ class Candidates:
         self._first = first if in_a_row else None
         """Of slots that follow one another, as a function's mostly do."""
         self._gather: Gather = itemgetter(*self.slots) if count > 1 else lambda of: (of[first],)
-        """From a dict by slot."""
-        self._take: Gather = itemgetter(slice(first, first + count)) if in_a_row else self._gather
-        """From a list by slot."""
+        self._row: Gather | None = itemgetter(slice(first, first + count)) if in_a_row else None
         self._version = -1
         self._known: tuple[_Column, _Column, _Column] = ((), (), ())
 
@@ -78,10 +77,10 @@ class Candidates:
     def fleet(self, load: Load, speeds: Speeds, now: float) -> Fleet:
         """What is known of them, side by side."""
         if self._version != speeds.version:
-            gather = self._gather
-            self._known = gather(speeds.rtt_s), gather(speeds.slow), gather(speeds.cost)
+            of = self._floats
+            self._known = of(speeds.rtt_s), of(speeds.slow), of(speeds.cost)
             self._version = speeds.version
-        take = self._take
+        take = self._row or self._floats
         return Fleet(
             *self._known,
             speeds.p,
@@ -89,13 +88,16 @@ class Candidates:
             take(load.ready_at),
             take(load.floor_s),
             take(load.kv_used),
-            take(load.requests),
+            self.requests(load),
             now,
         )
 
+    def _floats(self, column: Any) -> array[float]:
+        return array("d", self._gather(column))
+
     def requests(self, load: Load) -> Sequence[int]:
         """Requests on each of them."""
-        return self._take(load.requests)
+        return (self._row or self._gather)(load.requests)
 
 
 @dataclass(slots=True)
@@ -161,7 +163,7 @@ def choose(
     if name == "expected-latency":
         fleet = candidates.fleet(states.load, speeds, now)
         ranking = Ranking(fleet, prompt.tokens, credited, pinned=mine, weights=policy.weights)
-        first = least(ranking.costs_s, chance)
+        first = ranking.least(chance)
     elif name == "linear":
         every = linear_signals(
             candidates.fleet(states.load, speeds, now), prompt.tokens, credited, mine

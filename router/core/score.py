@@ -22,8 +22,9 @@ replicas are candidates (pick), or what is known of them (load, speeds, index).
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -35,6 +36,8 @@ PINNED_S: Final = 0.3
 """What a session's own replica counts as: enough for ties and near-ties, never above load."""
 NOMINAL_REQUESTS: Final = 16
 """Requests at which `linear` counts a replica as without headroom."""
+MANY: Final = 64
+"""Candidates from which on their costs are worked out by columns."""
 _DEFAULT: Final = Weights()
 _LOAD: Final = _DEFAULT.kv_cache / _DEFAULT.load
 _LATENCY: Final = _DEFAULT.kv_cache / _DEFAULT.latency
@@ -106,6 +109,8 @@ def busy_share(backlog_s: Sequence[float], cost_s: float) -> float:
     return sum(shares) / (cost_s * len(backlog_s))
 
 
+Costs = Any
+"""A list of seconds, or for many candidates numpy's array of them."""
 Held = Sequence[tuple[float, Sequence[int]]]
 """(tokens, positions that hold so many), deepest first; nobody stands in it twice."""
 
@@ -123,6 +128,8 @@ class Ranking:
         "_backlog_s",
         "_cold_s",
         "_horizon_s",
+        "_is_many",
+        "_is_plain",
         "_prefill_s",
         "bonus_s",
         "costs_s",
@@ -152,12 +159,23 @@ class Ranking:
         self.weights = weights
         self._horizon_s = 0.0
         self._prefill_s: list[float] = []
-        self._backlog_s = fleet.backlog_s()
+        self._backlog_s: list[float] = []
         self._cold_s = fleet.prefill_s(0.0, tokens)
         """T(0, n) where the factor is 1."""
-        self.price = price(busy_share(self._backlog_s, self._cold_s) if rho is None else rho)
-        self.costs_s = self._costs()
+        self._is_plain = (
+            MU_S == 1.0
+            and (weights is _DEFAULT or weights == _DEFAULT)
+            and fleet.slow.count(1.0) == len(fleet.slow)
+        )
+        self.costs_s: Costs
         """The session's bonus taken off."""
+        self._is_many = self._is_plain and len(fleet.slow) >= MANY and type(fleet.ready_at) is array
+        if self._is_many:
+            self.costs_s = self._costs_of_many(rho)
+        else:
+            self._backlog_s = fleet.backlog_s()
+            self.price = price(busy_share(self._backlog_s, self._cold_s) if rho is None else rho)
+            self.costs_s = self._costs()
         self.bonus_s = 0.0
         if pinned is not None:
             self.bonus_s = self._bonus(pinned)
@@ -166,9 +184,7 @@ class Ranking:
     def _costs(self) -> list[float]:
         """Seconds: weighted rtt + wait + price x prefill. The one loop over all candidates."""
         fleet, n, cold_s = self.fleet, self.tokens, self._cold_s
-        weights = self.weights
-        at_ease = fleet.slow.count(1.0) == len(fleet.slow)
-        if at_ease and MU_S == 1.0 and (weights is _DEFAULT or weights == _DEFAULT):
+        if self._is_plain:
             # Nearly always, and half the time: the same sum, without factors that are 1.
             priced = self.price
             prefills = [priced * cold_s] * len(fleet.rtt_s)
@@ -203,6 +219,29 @@ class Ranking:
             )
         ]
 
+    def least(self, chance: Chance) -> int:
+        """Position of the one that costs least; among equals at random."""
+        if self._is_many:
+            from router.core import many  # noqa: PLC0415 - as below
+
+            return many.least(self.costs_s, chance)
+        return least(self.costs_s, chance)
+
+    def _costs_of_many(self, rho: float | None) -> Costs:
+        """The plain sum; `rho` as given."""
+        from router.core import many  # noqa: PLC0415 - numpy is only for who needs it
+
+        fleet, cold_s = self.fleet, self._cold_s
+        backlog = many.backlog_s(fleet)
+        priced = self.price = price(many.busy_share(backlog, cold_s) if rho is None else rho)
+        held = [(priced * fleet.prefill_s(cached, self.tokens), at) for cached, at in self.held]
+        return many.costs_s(fleet, backlog, priced * cold_s, held)
+
+    def _backlogs(self) -> list[float]:
+        if not self._backlog_s:
+            self._backlog_s = self.fleet.backlog_s()
+        return self._backlog_s
+
     def _prefills(self) -> list[float]:
         """T(h, n) of every candidate, where its factor is 1."""
         if not self._prefill_s:
@@ -225,10 +264,12 @@ class Ranking:
     def _bonus(self, pinned: int) -> float:
         """Seconds that the session is worth; the horizon bounds it, so see first if it matters."""
         factor = self.weights.session / _DEFAULT.session
-        gap = self.costs_s[pinned] - min(self.costs_s)
+        costs = self.costs_s
+        gap = costs[pinned] - (costs.min() if self._is_many else min(costs))
         if not 0 < gap <= PINNED_S * factor:
             return factor * PINNED_S
-        busiest = self._backlog_s.index(max(self._backlog_s))
+        backlogs = self._backlogs()
+        busiest = backlogs.index(max(backlogs))
         if max(self._saved_s(pinned) / _LOAD, self._wait_s(busiest)) >= PINNED_S:
             return factor * PINNED_S
         return factor * min(PINNED_S, self.horizon_s / _LOAD)
@@ -251,7 +292,7 @@ class Ranking:
     def _wait_s(self, i: int) -> float:
         fleet = self.fleet
         prefill = fleet.factor[i] * self._prefills()[i]
-        return (self._backlog_s[i] + prefill) * fleet.slow[i] - prefill + MU_S * fleet.kv_used[i]
+        return (self._backlogs()[i] + prefill) * fleet.slow[i] - prefill + MU_S * fleet.kv_used[i]
 
     def signals(self, i: int) -> Signals:
         """What speaks for one candidate. Slower than the choice: it is for people."""

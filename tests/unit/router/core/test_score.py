@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import random
+from array import array
 from math import inf
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from router.core.score import (
+    MANY,
     Fleet,
     Ranking,
     least,
@@ -108,6 +111,43 @@ def test_the_best_score_is_the_least_expected_time(request_):
     assert times[best] == pytest.approx(min(times), rel=1e-9, abs=1e-9)
     assert scores[best] == pytest.approx(max(scores), rel=1e-9, abs=1e-9)
     assert ranking.costs_s == pytest.approx(times, rel=1e-9, abs=1e-9)
+
+
+def many(fleet, held):
+    """So many of the same that they are weighed by columns; and as lists, one by one."""
+    times = MANY // len(fleet) + 1
+    names = ("rtt_s", "slow", "factor", "ready_at", "floor_s", "kv_used")
+    columns = {name: list(getattr(fleet, name)) * times for name in names}
+    size = len(fleet)
+    more = [(h, [i + size * turn for turn in range(times) for i in at]) for h, at in held]
+    requests_ = list(fleet.requests) * times
+    one_by_one = replace(fleet, **columns, requests=requests_)
+    by_column = replace(one_by_one, **{n: array("d", c) for n, c in columns.items()})
+    return one_by_one, by_column, more
+
+
+@given(requests(), st.none() | st.integers(0, 200))
+def test_many_are_weighed_as_few_are(request_, pinned):
+    fleet, n, held = request_
+    one_by_one, by_column, more = many(fleet, held)
+    if pinned is not None:
+        pinned %= len(one_by_one)
+    few = Ranking(one_by_one, n, more, pinned=pinned)
+    ranking = Ranking(by_column, n, more, pinned=pinned)
+    assert ranking.price == pytest.approx(few.price)
+    assert list(ranking.costs_s) == pytest.approx(few.costs_s, rel=1e-9, abs=1e-9)
+    best = ranking.least(random.Random(0))
+    assert few.costs_s[best] == pytest.approx(min(few.costs_s), rel=1e-9, abs=1e-9)
+    assert ranking.horizon_s == pytest.approx(few.horizon_s)
+    assert ranking.signals(best) == pytest.approx(few.signals(best), rel=1e-6, abs=1e-6)
+
+
+def test_of_many_equals_each_gets_its_share():
+    fleet = idle(4)
+    _, by_column, _ = many(fleet, [])
+    ranking, chance = Ranking(by_column, 4000.0, []), random.Random(3)
+    seen = {ranking.least(chance) for _ in range(2000)}
+    assert len(seen) == len(by_column) >= MANY
 
 
 WEIGHT = st.floats(0.05, 3)
