@@ -56,8 +56,9 @@ def text(letter, size=8000):
     return letter * size
 
 
-def test_a_conversation_comes_back_to_its_replica():
-    router = Router()
+@pytest.mark.parametrize("count", [4, 100])
+def test_a_conversation_comes_back_to_its_replica(count):
+    router = Router(count)
     first = router.send(asked(text("a")))
     for other in "bcdefgh":
         router.send(asked(text(other)))
@@ -72,6 +73,18 @@ def test_other_tenants_see_nothing_of_it():
     router.send(asked(text("a"), salt="one"))
     assert router.send(asked(text("a"), salt="two")).hit_blocks == 0
     assert router.send(asked(text("a"), salt="one")).hit_blocks > 0
+
+
+def test_of_many_that_hold_a_beginning_the_one_that_holds_the_end_is_chosen():
+    router = Router(100)
+    begun = text("a")
+    for slot in range(0, 100, 3):
+        router.states.index.insert(slot, asked(begun).blocks)
+    once = [router.send(asked(begun, text(letter))) for letter in "bcd"]
+    for before, letter in zip(once, "bcd", strict=True):
+        again = router.send(asked(begun, text(letter), text("e", 500)))
+        assert again.slot == before.slot
+        assert again.hit_blocks > before.hit_blocks
 
 
 def test_a_hot_prompt_spreads_by_the_price_of_load():

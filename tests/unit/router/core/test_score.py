@@ -119,7 +119,7 @@ def many(fleet, held):
     names = ("rtt_s", "slow", "factor", "ready_at", "floor_s", "kv_used")
     columns = {name: list(getattr(fleet, name)) * times for name in names}
     size = len(fleet)
-    more = [(h, [i + size * turn for turn in range(times) for i in at]) for h, at in held]
+    more = [(h, tuple(i + size * turn for turn in range(times) for i in at)) for h, at in held]
     requests_ = list(fleet.requests) * times
     one_by_one = replace(fleet, **columns, requests=requests_)
     by_column = replace(one_by_one, **{n: array("d", c) for n, c in columns.items()})
