@@ -176,7 +176,7 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
-        if self.ongoing is None and not self._complete:
+        if self.ongoing is None and not self._complete and not self._ahead:
             if self._same_head is not None and self._request is None:
                 request = self._same_head.again(data, self._server.max_body_bytes)
                 if request is not None:

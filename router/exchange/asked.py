@@ -125,7 +125,7 @@ class Asked(Stage, eq=False):
         if headers.replica is None:
             self._candidates = candidates
         else:
-            self._candidates = (self._debugged(function, headers.replica),)
+            self._candidates = [self._debugged(function, headers.replica)]
         self._enter()
 
     def _debugged(self, function: Function, replica: bytes) -> Candidate:
