@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import random
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -44,7 +47,13 @@ def eventually_sync(probe: Callable[[], T], *, timeout_s: float = 10.0, what: st
 
 
 def free_port() -> int:
-    """A port that was free a moment ago; for programs that cannot bind port 0 themselves."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that was free a moment ago; for programs that cannot bind port 0 themselves.
+
+    Below those that the kernel gives to connections: a program may bind it a minute later.
+    """
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, max(ephemeral, 20_000))
+        with socket.socket() as sock, suppress(OSError):
+            sock.bind(("0.0.0.0", port))
+            return port
