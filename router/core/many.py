@@ -40,7 +40,8 @@ def costs_s(
     else:
         costs = np.full(count, cold_s)
     for seconds, positions in held:
-        costs[[*positions]] = seconds  # a tuple would be one place in several dimensions
+        # A tuple would be one place in several dimensions; a single number is set at once.
+        costs[[*positions] if len(positions) > 1 else positions[0]] = seconds
     costs *= np.asarray(fleet.factor)
     costs += np.asarray(fleet.rtt_s) + backlog + np.asarray(fleet.kv_used)
     return costs
