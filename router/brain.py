@@ -174,9 +174,9 @@ class Brain:
 
         `salt`: of the tenant; prompts of two tenants share no block.
         """
-        if function.policy.name in SCORED:
-            return self.read(function, endpoint, request, size_bytes, salt)
-        return None
+        if function.policy.name not in SCORED:
+            return None
+        return self.read(function, endpoint, request, size_bytes, salt)
 
     def read(
         self,

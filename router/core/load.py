@@ -250,21 +250,6 @@ class Load:
 
     def _publish(self, slot: int) -> None:
         queue, engine, others = self._queues[slot], self._engines[slot], self._others[slot]
-        if not self._shares[slot] and not engine.capacity_tokens:
-            # Only this router, and an engine of which nobody tells the size: the same, shorter.
-            self.requests[slot] = queue.requests
-            self.kv_used[slot] = min(1.0, engine.kv_used)
-            if queue.pending:
-                head = next(iter(queue.pending))
-                sent_at, departed_at = head.sent_at, queue.departed_at
-                since = max(departed_at, sent_at)
-                self.ready_at[slot] = since + queue.work_s
-                behind_s = queue.work_s - head.work_s
-                self.floor_s[slot] = max(0.0, behind_s)
-            else:
-                self.ready_at[slot] = _IDLE
-                self.floor_s[slot] = 0.0
-            return
         self.requests[slot] = queue.requests + others.requests
         capacity = engine.capacity_tokens
         estimate = (queue.kv_tokens + others.kv_tokens) / capacity if capacity else 0.0

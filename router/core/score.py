@@ -183,23 +183,18 @@ class Ranking:
 
     def _costs(self) -> list[float]:
         """Seconds: weighted rtt + wait + price x prefill. The one loop over all candidates."""
-        fleet, n, cold_s = self.fleet, self.tokens, self._cold_s
+        fleet = self.fleet
         if self._is_plain:
             # Nearly always, and half the time: the same sum, without factors that are 1.
             priced = self.price
-            prefills = [priced * cold_s] * len(fleet.rtt_s)
-            for cached, positions in self.held:
-                each = priced * fleet.prefill_s(cached, n)
-                for i in positions:
-                    prefills[i] = each
             return [
-                r + x + k + c * t
-                for r, x, k, c, t in zip(
+                r + x + k + c * (priced * t0)
+                for r, x, k, c, t0 in zip(
                     fleet.rtt_s,
                     self._backlog_s,
                     fleet.kv_used,
                     fleet.factor,
-                    prefills,
+                    self._prefills(),
                     strict=True,
                 )
             ]

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import statistics
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from schemas.wire import redis_keys
 from schemas.wire.envelope import public_key_hex, seal
 from schemas.wire.routing import Budget, Key, Limits, Policy
 from tests.behaviour.router.harness import KEY, function, routing_table, tenant
+from tests.support import free_port
 
 REPO: Final = Path(__file__).resolve().parents[2]
 ENGINES: Final = 4
@@ -80,12 +80,6 @@ def installed(package: str, version: str) -> Path:
                 raise RuntimeError(f"{shlex.join(command)}: {ran.stderr[-500:]}")
         done.touch()
     return folder / "bin" / package
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

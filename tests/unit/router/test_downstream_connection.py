@@ -9,14 +9,7 @@ import pytest
 from router.core.errors import Refusal
 from router.downstream.connection import ClientConnection, ClientServer
 from router.downstream.request import Request
-
-
-class Transport:
-    """Takes answers, and does nothing with them."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def abort(self) -> None: ...
+from tests.silent_transport import SilentTransport
 
 
 class Slow:
@@ -52,7 +45,7 @@ def test_bytes_that_come_just_as_an_answer_ends_wait_for_those_before_them(cut):
         handler = Slow()
         server = ClientServer(handler, max_body_bytes=99, body_timeout_s=9, keepalive_s=9)
         connection = server()
-        connection.connection_made(Transport())
+        connection.connection_made(SilentTransport())
         connection.data_received(request(b"first"))
         ahead = request(b"second") + request(b"third")
         connection.data_received(ahead[:cut])

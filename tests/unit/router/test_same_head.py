@@ -11,20 +11,9 @@ from router.core.errors import Refusal
 from router.downstream.connection import ClientConnection, ClientServer
 from router.downstream.request import Request
 from router.downstream.same_head import SameHead
+from tests.silent_transport import SilentTransport
 
 HEAD = b"POST /v1/chat/completions?x=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\n"
-
-
-class Transport:
-    """Takes answers, and does nothing with them."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def write_eof(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 class Heard:
@@ -50,7 +39,7 @@ def heard(*reads: bytes, remember: bool, max_body_bytes: int = 1000) -> list[tup
             handler, max_body_bytes=max_body_bytes, body_timeout_s=10, keepalive_s=10
         )
         connection = server()
-        connection.connection_made(Transport())
+        connection.connection_made(SilentTransport())
         for data in reads:
             connection.data_received(data)
             await asyncio.sleep(0)
@@ -137,7 +126,7 @@ def test_heads_that_always_differ_are_not_compared_for_ever():
         handler = Heard()
         server = ClientServer(handler, max_body_bytes=99, body_timeout_s=1, keepalive_s=1)
         connection = server()
-        connection.connection_made(Transport())
+        connection.connection_made(SilentTransport())
         for number in range(9):
             head = HEAD + b"Traceparent: %d\r\n" % number
             connection.data_received(request(b"x", head=head))

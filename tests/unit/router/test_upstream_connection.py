@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.upstream.connection import Connection, ResponseHead, UpstreamFailed
+from tests.silent_transport import SilentTransport
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PIECES = st.lists(
     st.sampled_from([b"\r\n", b"a", b"0", b"5\r\nhello\r\n", b"\n", b"1a"]), max_size=9
 )
-
-
-class Transport(asyncio.Transport):
-    def write(self, data: bytes | bytearray | memoryview) -> None: ...
-
-    def abort(self) -> None: ...
 
 
 class Client:
@@ -53,7 +46,7 @@ def read(connection: Connection, data: bytes) -> None:
 
 def exchange(*reads: bytes, count: int = 1) -> list[Client]:
     connection = Connection()
-    connection.connection_made(Transport())
+    connection.connection_made(SilentTransport())
     clients = []
     for _ in range(count):
         client = Client(connection)
@@ -112,7 +105,7 @@ def test_what_looks_like_a_chunk_in_a_body_without_any_is_body():
 
 def test_a_connection_that_is_used_again_and_again_does_not_grow():
     connection = Connection()
-    connection.connection_made(Transport())
+    connection.connection_made(SilentTransport())
     for _ in range(50):
         connection.send(b"", b"", Client(connection))
         read(connection, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
