@@ -15,6 +15,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Final, get_args
 
@@ -23,21 +24,8 @@ from redis.asyncio import Redis
 from redis.exceptions import NoScriptError, RedisError
 
 from router.core.errors import Refusal
-from router.core.leases import (
-    Amounts,
-    Ask,
-    Book,
-    Failing,
-    Message,
-    Role,
-    Share,
-    Verdict,
-    Wants,
-    blocked,
-    take,
-)
+from router.core.leases import Book, Message, Verdict
 from router.core.limits import (
-    NANO,
     limited,
     limits_of,
     month_end,
@@ -45,6 +33,8 @@ from router.core.limits import (
     over_limit,
     price_nano_usd,
 )
+from router.core.pocket import Pocket
+from router.core.shares import Amounts, Ask, Failing, Role, Share, Wants, blocked
 from router.core.snapshot import Principal, Snapshot
 from schemas.wire import redis_keys
 from schemas.wire.routing import Function, Price
@@ -81,10 +71,14 @@ class Plan:
     """What requests of one key for one function stand under."""
 
     __slots__ = (
+        "_lines",
+        "_lines_for",
+        "_rests",
         "budgets",
         "ends",
         "in_tokens",
         "in_usd",
+        "pocket",
         "price",
         "rates",
         "requests",
@@ -96,6 +90,7 @@ class Plan:
 
     def __init__(self, wants: Wants, price: Price, soft_percent: float) -> None:
         self.wants = wants
+        self.pocket = Pocket(wants)
         self.price = price
         self.soft_percent = soft_percent
         of_role = {r: [s for s, _ in wants if s.limit.role == r] for r in get_args(Role)}
@@ -108,6 +103,44 @@ class Plan:
         own = [_Shown(s) for s, _ in wants if s.is_rate and s.limit.level != "function"]
         self.requests = [shown for shown in own if shown.share.limit.role == "requests"]
         self.tokens = [shown for shown in own if shown.share.limit.role == "tokens"]
+        self._lines, self._lines_for = b"", 0
+        """Of the headers, and for which filling of the pocket they were made."""
+        self._rests: tuple[int, ...] = ()
+        """What remained besides the pocket, in the order of the lines."""
+
+    def amounts(self, input_tokens: int, output_tokens: int) -> Amounts:
+        """What a request takes that needs so many tokens at most."""
+        price = price_nano_usd(self.price, input_tokens, output_tokens) if self.in_usd else 0
+        return 1, input_tokens + output_tokens, price
+
+    def headers(self, remaining: Callable[[Share], int]) -> bytes:
+        """As `Admission.headers`. While the pocket is open all but what is in it stays as it is."""
+        pocket = self.pocket
+        if not pocket.is_open:
+            lines, rests = self._narrowest(remaining)
+            return lines % rests
+        if self._lines_for != pocket.filled:
+            self._lines, self._rests = self._narrowest(remaining)
+            self._lines_for = pocket.filled
+        rests = self._rests
+        if len(rests) > 1:
+            return self._lines % (rests[0] + pocket.requests, rests[1] + pocket.tokens)
+        inside = pocket.requests if self.requests else pocket.tokens
+        return self._lines % tuple([rest + inside for rest in rests])
+
+    def _narrowest(self, remaining: Callable[[Share], int]) -> tuple[bytes, tuple[int, ...]]:
+        lines, rests = b"", []
+        for rates in (self.requests, self.tokens):
+            if rates:
+                left, shown = min([(remaining(s.share), s) for s in rates], key=itemgetter(0))
+                lines += shown.line
+                rests.append(left)
+        for share in self.budgets:
+            percent = 100 * share.spent_by_all / share.limit.limit if share.limit.limit else 100.0
+            if percent >= self.soft_percent:
+                lines += b"x-detoserve-budget: %d%%%%\r\n" % min(100, percent)
+                break
+        return lines, tuple(rests)
 
 
 class Admission(msgspec.Struct, eq=False):
@@ -119,15 +152,21 @@ class Admission(msgspec.Struct, eq=False):
     _admitted_at: float
     _done: bool = False
 
-    def settle(self, input_tokens: int, output_tokens: int, cost_usd: float | None = None) -> None:
-        """It has ended and used so much; the cost at the function's price where none is given."""
+    def settle(self, input_tokens: int, output_tokens: int, nano_usd: int | None = None) -> None:
+        """It has ended and used so much; at the function's price where no cost is given."""
         if self._done:
             return
         self._done = True
         plan = self._plan
         if not plan.ends:
             return
-        book, tokens = self._limiter.book, input_tokens + output_tokens
+        if nano_usd is None:
+            nano_usd = price_nano_usd(plan.price, input_tokens, output_tokens)
+        tokens = input_tokens + output_tokens
+        if plan.pocket.is_open:
+            plan.pocket.end(self._amounts, tokens, nano_usd, self._admitted_at)
+            return
+        book = self._limiter.book
         _, tokens_taken, cost_taken = self._amounts
         if tokens != tokens_taken:
             for share in plan.rates:
@@ -136,19 +175,14 @@ class Admission(msgspec.Struct, eq=False):
             book.release(share, 1)
         for share in plan.in_tokens:
             book.release(share, tokens_taken, tokens)
-        if plan.in_usd:
-            if cost_usd is None:
-                cost = price_nano_usd(plan.price, input_tokens, output_tokens)
-            else:
-                cost = round(cost_usd * NANO)
-            for share in plan.in_usd:
-                book.release(share, cost_taken, cost)
+        for share in plan.in_usd:
+            book.release(share, cost_taken, nano_usd)
         if book.news:
             self._limiter.tell_now()
 
     def release(self) -> None:
         """It has ended without using anything. That it came still counts as a request."""
-        self.settle(0, 0, 0.0)
+        self.settle(0, 0, 0)
 
     def undo(self) -> None:
         """It was not served here and tries elsewhere: as if it had never come."""
@@ -161,23 +195,7 @@ class Admission(msgspec.Struct, eq=False):
 
     def headers(self) -> bytes:
         """`x-ratelimit-*` of the narrowest of tenant and key, and a budget's warning; lines with ends."""
-        plan, limiter = self._plan, self._limiter
-        lines = b""
-        for rates in (plan.requests, plan.tokens):
-            narrowest: _Shown | None = None
-            least = 0
-            for shown in rates:
-                share = shown.share
-                left = limiter.remaining(share) if limiter.book.away else share.free + share.pool
-                if narrowest is None or left < least:
-                    narrowest, least = shown, left
-            if narrowest is not None:
-                lines += narrowest.line % max(0, least)
-        for share in plan.budgets:
-            percent = 100 * share.spent_by_all / share.limit.limit if share.limit.limit else 100.0
-            if percent >= plan.soft_percent:
-                return lines + b"x-detoserve-budget: %d%%\r\n" % min(100, percent)
-        return lines
+        return self._plan.headers(self._limiter.remaining)
 
 
 _NO_PLAN: Final = Plan((), Price(), 100.0)
@@ -270,8 +288,8 @@ class Limiter:
         if not plan.wants:
             return self._unlimited
         now = self._now()
-        amounts = self._amounts(plan, input_tokens, output_tokens)
-        if take(plan.wants, amounts, now):
+        amounts = plan.amounts(input_tokens, output_tokens)
+        if plan.pocket.take(amounts, now) or self.book.take(plan.pocket, amounts, now):
             return Admission(self, plan, amounts, now)
         failing = blocked(plan.wants, amounts, now)
         if failing is None:
@@ -290,7 +308,7 @@ class Limiter:
         if answer is not None:
             return answer
         plan, now = self._plan(principal, function), self._now()
-        amounts = self._amounts(plan, input_tokens, output_tokens)
+        amounts = plan.amounts(input_tokens, output_tokens)
         waiter = _Waiter(Ask(plan.wants, amounts, now), now, self._loop.create_future())
         self._waiting.append(waiter)
         if self._alarm is None:
@@ -327,10 +345,6 @@ class Limiter:
             )
             plan = self._plans[name] = Plan(wants, function.price, tenant.budget.soft_percent)
         return plan
-
-    def _amounts(self, plan: Plan, input_tokens: int, output_tokens: int) -> Amounts:
-        price = price_nano_usd(plan.price, input_tokens, output_tokens) if plan.in_usd else 0
-        return 1, input_tokens + output_tokens, price
 
     def _refusal(self, failing: Failing, function: Function) -> Refusal:
         now = self._wall()
@@ -432,6 +446,7 @@ class Limiter:
     def _ask_again(self) -> None:
         later, self._later = self._later, []
         now = self._now()
+        self.book.empty_pockets()
         for waiter in later:
             if not waiter.answer.done():
                 waiter.ask = Ask(waiter.ask.wants, waiter.ask.amounts, now)

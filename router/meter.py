@@ -28,6 +28,7 @@ from router.core.usage import (
 )
 from router.records import RequestRecord
 from router.usage_journal import Journal, Opened
+from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Function
 
 _EVENTS: Final = b"text/event-stream"
@@ -53,6 +54,8 @@ class Metered(msgspec.Struct, eq=False):
     _stream: StreamReader | None = None
     known: bool = False
     """Once it has ended: whether there was any word of what was used."""
+    nano_usd: int = 0
+    """Once it has ended: what it costs."""
     _slot: int | None = None
     """Taken when there is something to note before the end."""
 
@@ -108,24 +111,33 @@ class Metered(msgspec.Struct, eq=False):
             return used._replace(input_tokens=int(self._record.request_bytes / BYTES_A_TOKEN))
         return used
 
-    def cost_usd(self, usage: Usage) -> float:
-        return cost_nano_usd(self._function.price, usage) / 1e9
-
     def finish(self) -> Usage:
         """Ends it and leaves its record. What it used."""
         used = self.used()
-        meter, record = self._meter, self._record
-        meter.heard(self._function.name, used)
+        meter, record, function = self._meter, self._record, self._function
+        meter.heard(function.name, used)
+        self.nano_usd = cost = cost_nano_usd(function.price, used)
         journal = meter.journal
         if journal is not None:
-            now = meter.now()
-            made = journal.record(
-                self._opened(now),
-                used,
-                ended_at=now,
-                outcome=record.outcome,
+            duration_s = perf_counter() - record.started
+            made = UsageRecord(
+                journal=journal.name,
+                seq=journal.seq + 1,
+                id=record.id,
+                tenant=record.tenant,
+                key=record.key,
+                function=function.name,
+                revision=self._revision,
                 replica=record.replica,
+                input_tokens=used.input_tokens,
+                cached_tokens=used.cached_tokens,
+                output_tokens=used.output_tokens,
+                cost_nano_usd=cost,
+                estimated=used.estimated,
+                started_at=meter.now() - duration_s,
                 ttft_s=record.first_body - record.started if record.first_body else None,
+                duration_s=duration_s,
+                outcome=record.outcome,
             )
             journal.finish(self._slot, made)
         return used

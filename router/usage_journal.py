@@ -164,7 +164,9 @@ class Journal:
             self.lost += 1
             return -1
         slot = self._free.pop()
-        data = _fitting(request, _RUNNING_AT - _OPENED_AT)
+        data = _encode(request)
+        if len(data) > _RUNNING_AT - _OPENED_AT:
+            data = _shortened(request)
         at = slot + _OPENED_AT
         self._map[at : at + len(data)] = data
         # The state goes in last: a slot that is half written is still free.
@@ -221,7 +223,9 @@ class Journal:
                 return
             slot = self._free.pop()
         self.seq += 1
-        data = _fitting(record, SLOT_BYTES - _RECORD_AT)
+        data = _encode(record)
+        if len(data) > SLOT_BYTES - _RECORD_AT:
+            data = _shortened(record)
         at = slot + _RECORD_AT
         self._map[at : at + len(data)] = data
         _SLOT_HEAD.pack_into(self._map, slot, _FINISHED, 0, 0, len(data))
@@ -350,12 +354,9 @@ class Journal:
         return self.record(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
 
 
-def _fitting(value: Opened | UsageRecord, size: int) -> bytes:
-    """Encoded; a client's long id gives way where it has to."""
-    data = _encode(value)
-    if len(data) > size:
-        data = _encode(msgspec.structs.replace(value, id=value.id[:48]))
-    return data
+def _shortened(value: Opened | UsageRecord) -> bytes:
+    """Encoded; a client's long id gives way."""
+    return _encode(msgspec.structs.replace(value, id=value.id[:48]))
 
 
 def journals_in(folder: Path) -> list[Path]:

@@ -8,18 +8,26 @@ request needs (limits), or the counting across routers (shared_limits.lua).
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
 import msgspec
 
-Role = Literal["requests", "tokens", "concurrent", "budget_usd", "budget_tokens"]
-Level = Literal["tenant", "key", "function"]
+from router.core.pocket import Pocket
+from router.core.shares import (
+    FIRST_LEASE,
+    WINDOW_S,
+    Amounts,
+    Ask,
+    Failing,
+    Limit,
+    Share,
+    Wants,
+    take,
+)
 
-WINDOW_S: Final = 60
 HOLD_S: Final = 10.0
 """What a router holds (slots, reservations) is free again so long after its last word."""
 RENEW_S: Final = 3.0
@@ -29,236 +37,9 @@ MEMBER_S: Final = 15.0
 """A router counts among those that share the limits for so long after its last word."""
 MOST_SHARES: Final = 256
 """Told of in one message, besides those that requests wait for."""
-_FIRST_LEASE: Final = 16
 _LARGEST_LEASE: Final = 2**44
 _RELIEF_S: Final = 0.02
 """How long a refusal is repeated without asking where something may be given back at any time."""
-_TIGHT_PART: Final = 16
-"""Below this part of a limit what is given back is told at once: others may be waiting for it."""
-
-Amounts = tuple[int, int, int]
-"""What one request takes: 1, its tokens, its price in nano-USD."""
-
-
-class Limit(NamedTuple):
-    """One ceiling, as a plan of limits names it."""
-
-    key: str
-    """Of the shared counter."""
-    role: Role
-    level: Level
-    limit: int
-    unit: Literal[0, 1, 2]
-    """Which of a request's Amounts it counts."""
-    tenant: str = ""
-    ledger: str = ""
-    """For budgets: the hash of the months to date."""
-
-
-class Share:
-    """This process's part of one counter. Amounts are requests, tokens, slots or nano-USD."""
-
-    __slots__ = (
-        "apart_since",
-        "blocked_amount",
-        "blocked_until",
-        "blocked_wait_s",
-        "bucket",
-        "corrections",
-        "dirty",
-        "free",
-        "is_rate",
-        "lease",
-        "limit",
-        "logged",
-        "outage_base",
-        "pool",
-        "pool_until",
-        "renewed_at",
-        "spent",
-        "spent_by_all",
-        "tight_below",
-        "used",
-        "window",
-        "window_total",
-    )
-
-    def __init__(self, limit: Limit) -> None:
-        self.set_limit(limit)
-        self.is_rate = limit.role in ("requests", "tokens")
-        self.pool = 0
-        """Leased and not used."""
-        self.pool_until = 0.0
-        self.bucket = 0
-        """Second of the store that the pool is counted in."""
-        self.used = 0
-        """A rate: in all so far. Else: held by requests that run."""
-        self.spent = 0
-        """Of a budget, by this process; only grows."""
-        self.spent_by_all = 0
-        self.free = limit.limit
-        """For all routers, when last heard."""
-        self.lease = _FIRST_LEASE
-        self.corrections: dict[int, int] = {}
-        """Second of the store (0 and less: from now) -> what it is to be changed by."""
-        self.dirty = False
-        self.renewed_at = 0.0
-        self.blocked_until = 0.0
-        self.blocked_amount = 0
-        self.blocked_wait_s = 0.0
-        self.window: deque[list[int]] = deque()
-        """A rate: [second, taken here], for when the store is away or has forgotten."""
-        self.window_total = 0
-        self.logged = 0
-        self.apart_since: int | None = None
-        """A rate: the second since which the store knows nothing of what was taken here."""
-        self.outage_base: tuple[int, int] | None = None
-        """A budget while the store is away: (used and spent when it went, this process's part of the rest)."""
-
-    def set_limit(self, limit: Limit) -> None:
-        self.limit = limit
-        self.tight_below = limit.limit // _TIGHT_PART + 1
-        """With less free, others may be refused for want of what this process gives back."""
-
-    def correct(self, second: int, amount: int) -> None:
-        if amount:
-            self.corrections[second] = self.corrections.get(second, 0) + amount
-            self.dirty = True
-
-    def log(self, now: float) -> None:
-        """Notes what was taken since the last time, and forgets what is older than the window."""
-        taken, second, window = self.used - self.logged, int(now), self.window
-        if taken:
-            if window and window[-1][0] == second:
-                window[-1][1] += taken
-            else:
-                window.append([second, taken])
-            self.window_total += taken
-            self.logged = self.used
-        while window and window[0][0] < second - WINDOW_S:
-            self.window_total -= window.popleft()[1]
-
-    def unlog(self, at: float, amount: int) -> None:
-        """Less was taken at `at` than was noted."""
-        found = None
-        for entry in reversed(self.window):
-            if entry[0] < int(at):
-                break
-            found = entry
-        if found is not None:
-            found[1] -= amount
-            self.window_total -= amount
-
-    def put_back(self, amount: int, until: float, bucket: int) -> None:
-        """Into the pool again, as of the older of both leases: what expires early was counted long enough."""
-        if self.pool:
-            until, bucket = min(until, self.pool_until), min(bucket, self.bucket)
-        self.pool += amount
-        self.pool_until, self.bucket = until, bucket
-
-    def taken_apart(self, now: float) -> list[int]:
-        """What the store does not know of, as corrections by age: [-seconds, amount, ...]."""
-        self.log(now)
-        since = self.apart_since
-        if since is None:
-            return []
-        known = [(second, taken) for second, taken in self.window if second >= since]
-        return [part for second, taken in known for part in (second - int(now), taken)]
-
-    def expire(self, now: float) -> None:
-        """Gives back what was leased too long ago."""
-        if self.pool and self.pool_until <= now:
-            if self.pool * 2 > self.lease:
-                self.lease = max(_FIRST_LEASE, self.lease // 2)
-            self.empty_pool()
-
-    def empty_pool(self) -> None:
-        """Gives back what is leased and not used."""
-        if not self.pool:
-            return
-        if self.is_rate:
-            self.correct(self.bucket, -self.pool)
-        self.pool = 0
-        self.dirty = True
-
-
-Wants = tuple[tuple[Share, int], ...]
-"""The shares a request needs, each with the index of its amount."""
-
-
-def take(wants: Wants, amounts: Amounts, now: float) -> bool:
-    """All of it from what is leased, or nothing."""
-    for share, unit in wants:
-        amount = amounts[unit]
-        left = share.pool - amount
-        if amount and (left < 0 or share.pool_until <= now):
-            break  # what costs nothing needs no lease: a free model under a budget in USD
-        share.pool = left
-        share.used += amount
-    else:
-        return True
-    for taken, unit in wants:
-        if taken is share:
-            break
-        taken.pool += amounts[unit]
-        taken.used -= amounts[unit]
-    return False
-
-
-class Failing(NamedTuple):
-    """Why a request may not enter, and when it might (seconds; None: nobody knows)."""
-
-    share: Share
-    amount: int
-    wait_s: float | None
-    never: bool = False
-
-
-def blocked(wants: Wants, amounts: Amounts, now: float) -> Failing | None:
-    """The share that was out a moment ago and cannot have recovered."""
-    for share, unit in wants:
-        if share.blocked_until > now and amounts[unit] >= share.blocked_amount:
-            left = share.blocked_wait_s - now
-            return Failing(share, amounts[unit], left if share.blocked_wait_s else None)
-        if amounts[unit] > share.limit.limit:
-            return Failing(share, amounts[unit], None, never=True)
-    return None
-
-
-class Ask:
-    """One request that needs more than is leased here."""
-
-    __slots__ = ("amounts", "here", "leases", "needs", "wants")
-
-    def __init__(self, wants: Wants, amounts: Amounts, now: float) -> None:
-        """Takes what is here; the store is asked for the rest."""
-        self.wants = wants
-        self.amounts = amounts
-        self.here: list[int] = []
-        self.leases = [(share.pool_until, share.bucket) for share, _ in wants]
-        self.needs: list[int] = []
-        for share, unit in wants:
-            here = min(share.pool, amounts[unit]) if share.pool_until > now else 0
-            share.pool -= here
-            self.here.append(here)
-            self.needs.append(amounts[unit] - here)
-            if not share.is_rate:
-                # Held from now on, so that every message says so.
-                share.used += here
-
-    def granted(self) -> None:
-        for (share, _), here, need in zip(self.wants, self.here, self.needs, strict=True):
-            share.used += need + here if share.is_rate else need
-
-    def put_back(self) -> None:
-        """It is not admitted: what it took here is here again."""
-        for (share, _), here, lease in zip(self.wants, self.here, self.leases, strict=True):
-            if here:
-                share.put_back(here, *lease)
-                if not share.is_rate:
-                    share.used -= here
-                    share.dirty = True
-        self.here = [0] * len(self.here)
 
 
 class _Answer(msgspec.Struct, array_like=True):
@@ -305,6 +86,8 @@ class Book:
     routers: int = 0
     """That share the limits; 0: never heard."""
     away: bool = False
+    pockets: set[Pocket] = field(default_factory=set)
+    """That may hold something. Nothing is said or heard of shares before they are empty."""
     news: dict[int, Share] = field(default_factory=dict)
     """Shares that the next message tells of, by identity. Not empty: better now than later."""
     _epoch: str = ""
@@ -326,6 +109,7 @@ class Book:
 
     def forget(self, keep: Iterable[str]) -> None:
         """Shares that no plan names any more, once nothing runs under them."""
+        self.empty_pockets()
         kept = set(keep)
         for key in [k for k in self.shares if k not in kept]:
             share = self.shares[key]
@@ -333,7 +117,27 @@ class Book:
             if not share.pool and not share.dirty and not held:
                 del self.shares[key]
 
-    # Ends of requests
+    # Beginnings and ends of requests
+
+    def take(self, pocket: Pocket, amounts: Amounts, now: float) -> bool:
+        """All of what a request needs that its pocket does not have, from what is leased here; or nothing."""
+        pocket.empty(self)
+        if not take(pocket.wants, amounts, now):
+            if not self.pockets:
+                return False
+            self.empty_pockets()
+            if not take(pocket.wants, amounts, now):
+                return False
+        pocket.fill(amounts, now)
+        if pocket.is_open:
+            self.pockets.add(pocket)
+        return True
+
+    def empty_pockets(self) -> None:
+        """Leaves every share as if each request had taken its own."""
+        for pocket in self.pockets:
+            pocket.empty(self)
+        self.pockets.clear()
 
     def settle_tokens(self, share: Share, estimated: int, actual: int, admitted_at: float) -> None:
         """Corrects a rate of tokens at a request's end."""
@@ -354,13 +158,18 @@ class Book:
             if share.apart_since is None:
                 share.correct(0, actual - estimated)
 
-    def release(self, share: Share, amount: int, spent: int = 0) -> None:
-        """A request's slot or reservation is free again; of a budget, `spent` is gone for good."""
+    def release(self, share: Share, amount: int, spent: int = 0, unused: int | None = None) -> None:
+        """Slots or reservations are free again; of a budget, `spent` is gone for good.
+
+        `unused`: of the amount, where it is not the rest: of several requests, one may have spent more.
+        """
         share.used -= amount
         share.spent += spent
         share.blocked_until = 0.0
-        if spent < amount and share.free >= share.tight_below and not self.away:
-            share.pool += amount - spent
+        if unused is None:
+            unused = amount - spent
+        if unused > 0 and share.free >= share.tight_below and not self.away:
+            share.pool += unused
         share.dirty = True
         if share.free < share.tight_below:
             self.news[id(share)] = share
@@ -371,6 +180,7 @@ class Book:
         """Looks through all shares for what the store should hear: something changed, or it might think
         us dead. Whether there is anything. Call it every quarter of a second or so.
         """
+        self.empty_pockets()
         for share in self.shares.values():
             if share.is_rate:
                 if share.used != share.logged or share.window:
@@ -384,6 +194,7 @@ class Book:
 
     def leave(self) -> None:
         """Gives back all that is not used, before the end."""
+        self.empty_pockets()
         for share in self.shares.values():
             share.empty_pool()
             if share.dirty:
@@ -395,11 +206,12 @@ class Book:
 
     def recall(self, key: str) -> bool:
         """Another router needs what is unused here. False: there is no such share."""
+        self.empty_pockets()
         share = self.shares.get(key)
         if share is None:
             return False
         share.empty_pool()
-        share.lease = _FIRST_LEASE
+        share.lease = FIRST_LEASE
         self.news[id(share)] = share
         return True
 
@@ -408,6 +220,7 @@ class Book:
 
         `now_ms` is what the store is to take for the time; 0: its own clock.
         """
+        self.empty_pockets()
         shares: dict[int, int] = {}
         order: list[Share] = []
         wanted: dict[int, int] = {}
@@ -429,7 +242,7 @@ class Book:
         for share in order:
             share.expire(now)
             limit = share.limit
-            lease = max(share.lease, _FIRST_LEASE * wanted[id(share)]) if id(share) in wanted else 0
+            lease = max(share.lease, FIRST_LEASE * wanted[id(share)]) if id(share) in wanted else 0
             left_ms = int((share.pool_until - now) * 1000) if share.pool else 0
             ledger = 0
             if limit.ledger:
@@ -480,6 +293,7 @@ class Book:
         Raises:
             msgspec.DecodeError: it is no answer; treat it as none.
         """
+        self.empty_pockets()
         answer = _decode(data)
         epoch = answer.epoch
         self.routers = answer.routers
@@ -544,6 +358,7 @@ class Book:
 
     def unanswered(self, message: Message) -> None:
         """No answer came: nobody knows whether it was read. What it added must not be lost."""
+        self.empty_pockets()
         for share, flat in zip(message.shares, message.charged, strict=True):
             for second, amount in zip(flat[::2], flat[1::2], strict=True):
                 if amount > 0:
@@ -571,6 +386,7 @@ class Book:
         """The store does not answer: from now on requests go by this process's part of each limit."""
         if self.away:
             return
+        self.empty_pockets()
         self.away = True
         for share in self.shares.values():
             if not share.is_rate:

@@ -1,7 +1,7 @@
 """Which ceilings a request stands under, what it is taken to need, and how a client is told it is too much.
 
 Of a tenant, of one of its keys, of a function; and the tenant's budget of the month. Not here: counting
-(leases), or what a request needed in the end (usage).
+(shares), or what a request needed in the end (usage).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from router.core.errors import Refusal
-from router.core.leases import Failing, Level, Limit
+from router.core.shares import Failing, Level, Limit
 from schemas.wire import redis_keys, routing
 
 NANO: Final = 10**9
@@ -95,10 +95,11 @@ def estimated(
         return prompt, 0
     answer = ANSWER_TOKENS
     for name in _BOUNDS:
-        bound = parsed.get(name)
-        if type(bound) is int and bound >= 0:
-            answer = bound
-            break
+        if name in parsed:
+            bound = parsed[name]
+            if type(bound) is int and bound >= 0:
+                answer = bound
+                break
     choices = parsed.get("n")
     if type(choices) is int and choices > 1:
         answer *= choices

@@ -93,6 +93,9 @@ def spliced(body: bytes, values: Mapping[str, bytes], present: Collection[str]) 
     if not values:
         return body
     there = [key for key in values if key in present]
+    if not there and body.startswith(b'{"'):  # as nearly every body begins that has anything in it
+        members = [b'"%b":%b,' % (key.encode(), value) for key, value in values.items()]
+        return b"".join((b"{", *members, body[1:]))
     if len(there) < len(values):
         begins = _BEGINS.match(body)
         assert begins is not None

@@ -167,7 +167,7 @@ class Exchange(Attempts, eq=False):
         if not metered.known and record.outcome == "ok":
             tokens = self._estimated()
         if admission is not None:
-            admission.settle(*tokens, metered.cost_usd(usage) if metered.known else None)
+            admission.settle(*tokens, metered.nano_usd if metered.known else None)
         if self._place is not None:
             self._place.needed(sum(tokens))
 

@@ -26,7 +26,7 @@ from router.limiter import Admission, Limiter
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant
 
 SECONDS = 4.0
-TWO_RATES = Limits(requests_per_minute=10**6, tokens_per_minute=10**10)
+TWO_RATES = Limits(requests_per_minute=10**8, tokens_per_minute=10**11)
 ALL_THREE = Limits(requests_per_minute=10**8, tokens_per_minute=10**11, concurrent=10**6)
 NOTHING = Limits()
 NO_BUDGET = Budget()
@@ -85,7 +85,7 @@ async def run(case: Case, url: str) -> str:
     def admitted(answer: Admission | Refusal) -> None:
         assert isinstance(answer, Admission)
         answer.headers()
-        answer.settle(480, 100, 0.001)
+        answer.settle(480, 100, 1_000_000)
 
     async def wait(one: Principal) -> None:
         admitted(await limiter.admit(one, what, 500, 256))

