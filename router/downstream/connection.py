@@ -20,7 +20,7 @@ from router.core.errors import BODY_TIMEOUT, Refusal, bad_request, too_large
 from router.deadlines import Deadlines
 from router.downstream.answer import refuse
 from router.downstream.request import Request
-from router.downstream.same_head import SameHead
+from router.downstream.same_head import KnownHeads, SameHead
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_HEADERS: Final = 200
@@ -72,6 +72,7 @@ class ClientServer:
         self.body_timeout_s = body_timeout_s
         self.keepalive_s = keepalive_s
         self.connections: set[ClientConnection] = set()
+        self.heads = KnownHeads()
         self.deadlines = Deadlines(tick_s=0.1)
         self.loop = asyncio.get_running_loop()
 
@@ -177,14 +178,13 @@ class ClientConnection(asyncio.Protocol):
         if self._deaf:
             return
         if self.ongoing is None and not self._complete and not self._ahead:
-            if self._same_head is not None and self._request is None:
-                request = self._same_head.again(data, self._server.max_body_bytes)
-                if request is not None:
-                    self._unlike = 0
-                    request.transport = self.transport
-                    self._serve(request)
-                    return
-            self._read(data)
+            request = self._known(data) if self._request is None else None
+            if request is None:
+                self._read(data)
+            else:
+                self._unlike = 0
+                request.transport = self.transport
+                self._serve(request)
             return
         self._ahead.append(data)
         self._ahead_bytes += len(data)
@@ -192,6 +192,17 @@ class ClientConnection(asyncio.Protocol):
             assert self.transport is not None
             self._reading_paused = True
             self.transport.pause_reading()
+
+    def _known(self, data: bytes) -> Request | None:
+        """The request, if its head came before: by this connection, or else by any."""
+        server, head = self._server, self._same_head
+        request = head.again(data, server.max_body_bytes) if head is not None else None
+        if request is None and self._unlike < _UNLIKE_HEADS:
+            head = server.heads.find(data)
+            request = head.again(data, server.max_body_bytes) if head is not None else None
+            if request is not None:
+                self._same_head = head
+        return request
 
     def _read(self, data: bytes) -> None:
         fresh = self._request is None
@@ -214,7 +225,9 @@ class ClientConnection(asyncio.Protocol):
             self._serve_next()
             if fresh and self._unlike < _UNLIKE_HEADS:
                 self._unlike += 1
-                self._same_head = SameHead.of(data, request)
+                self._same_head = head = SameHead.of(data, request)
+                if head is not None:
+                    self._server.heads.add(head)
         elif self._head_read:
             self._await_body()
         elif self._head_bytes > MAX_HEAD_BYTES:

@@ -1,7 +1,8 @@
-"""A head that a client sends once more, told by its bytes alone.
+"""A head that was sent before, told by its bytes alone.
 
-Most clients send one head with every request of a connection, but for the length of the body. What
-llhttp made of it once it would make of it again, whatever digits that length has: so it is not asked.
+Most clients send one head with every request, but for the length of the body, and on every connection
+that they open. What llhttp made of it once it would make of it again, whatever digits that length has:
+so it is not asked.
 Pure. Not here: the first reading of a head, and any request that does not come whole in one read
 (connection).
 """
@@ -15,15 +16,19 @@ from msgspec.structs import replace
 from router.downstream.request import Request
 
 _MOST_DIGITS: Final = 10
+_MOST_KNOWN: Final = 256
+_LONGEST: Final = 4096
+"""Bytes before the length, of a head that other connections are to know."""
+_LENGTH: Final = b"ength: "
 
 
 class SameHead:
     """The head of a request that was read before, in two parts: what is before and after the length."""
 
-    __slots__ = ("_after", "_before", "_digits_at", "_request")
+    __slots__ = ("_after", "_digits_at", "_request", "before")
 
     def __init__(self, before: bytes, after: bytes, request: Request) -> None:
-        self._before = before
+        self.before = before
         self._after = after
         self._digits_at = len(before)
         self._request = request
@@ -49,7 +54,7 @@ class SameHead:
 
         Its headers are the first one's, whose length they tell: go by the body.
         """
-        if not data.startswith(self._before):
+        if not data.startswith(self.before):
             return None
         digits_at = self._digits_at
         digits_end = data.find(b"\r", digits_at, digits_at + _MOST_DIGITS + 1)
@@ -70,3 +75,24 @@ class SameHead:
             modern=True,
             read=known.read,
         )
+
+
+class KnownHeads:
+    """Heads that came by any connection, for the first requests of others; the newest of them."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, SameHead] = {}
+        """By what is before the length."""
+
+    def add(self, head: SameHead) -> None:
+        known, before = self._known, head.before
+        if len(before) <= _LONGEST:
+            known.pop(before, None)
+            known[before] = head
+            if len(known) > _MOST_KNOWN:
+                del known[next(iter(known))]
+
+    def find(self, data: bytes) -> SameHead | None:
+        """One that `data` may begin with."""
+        at = data.find(_LENGTH, 0, _LONGEST)
+        return self._known.get(data[: at + len(_LENGTH)]) if at >= 0 else None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from router.core.errors import Refusal
 from router.downstream.connection import ClientConnection, ClientServer
 from router.downstream.request import Request
-from router.downstream.same_head import SameHead
+from router.downstream.same_head import KnownHeads, SameHead
 from tests.silent_transport import SilentTransport
 
 HEAD = b"POST /v1/chat/completions?x=1 HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer k\r\n"
@@ -30,8 +30,13 @@ class Heard:
         client.done(keep=request.keep_alive)
 
 
-def heard(*reads: bytes, remember: bool, max_body_bytes: int = 1000) -> list[tuple]:
-    """What a handler hears of a connection; `remember`: whether a head may be known again."""
+def heard(
+    *reads: bytes, remember: bool, max_body_bytes: int = 1000, apart: bool = False
+) -> list[tuple]:
+    """What a handler hears of a connection, or `apart`, of one for each read.
+
+    `remember`: whether a head may be known again.
+    """
 
     async def run() -> list[tuple]:
         handler = Heard()
@@ -45,6 +50,11 @@ def heard(*reads: bytes, remember: bool, max_body_bytes: int = 1000) -> list[tup
             await asyncio.sleep(0)
             if not remember:
                 connection._same_head = None
+                server.heads = KnownHeads()
+            if apart:
+                connection.connection_lost(None)
+                connection = server()
+                connection.connection_made(SilentTransport())
         connection.connection_lost(None)
         return [
             (r.method, r.target, r.path, bare(r.headers), r.body, r.keep_alive, r.modern)
@@ -109,7 +119,42 @@ def test_it_is_heard_as_it_would_be_without_a_memory(data):
         whole = b"".join(reads)
         cut = data.draw(st.integers(0, len(whole)))
         reads = [whole[:cut], whole[cut:]]
-    assert heard(*reads, remember=True) == heard(*reads, remember=False)
+    apart = data.draw(st.booleans())
+    assert heard(*reads, remember=True, apart=apart) == heard(*reads, remember=False, apart=apart)
+
+
+def test_a_new_connection_is_known_by_the_heads_of_others(monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        ClientConnection,
+        "_read",
+        lambda self, data, read_it=ClientConnection._read: (read.append(data), read_it(self, data)),
+    )
+    first, second, other = (
+        request(b"one"),
+        request(b"two!"),
+        request(b"", head=b"POST / HTTP/1.1\r\n"),
+    )
+    assert [r[4] for r in heard(first, second, other, second, remember=True, apart=True)] == [
+        b"one",
+        b"two!",
+        b"",
+        b"two!",
+    ]
+    assert read == [first, other]
+
+
+def test_no_more_heads_are_kept_than_are_worth_it():
+    heads = KnownHeads()
+    for n in range(1000):
+        data = request(b"x", head=b"POST /%d HTTP/1.1\r\n" % n)
+        read = Request(headers=[(b"Content-Length", b"1")], body=b"x", modern=True)
+        known = SameHead.of(data, read)
+        assert known is not None
+        heads.add(known)
+        assert heads.find(data) is known
+    assert len(heads._known) == 256
+    assert heads.find(request(b"x", head=b"POST /1 HTTP/1.1\r\n")) is None
 
 
 @given(
