@@ -87,6 +87,8 @@ class PrefixIndex:
         self.max_blocks = max_blocks
         self._holders: dict[int, _Holders] = {}
         self._replicas: dict[int, _Replica] = {}
+        self.end = 0
+        """All slots are below it."""
         self._slots: dict[int, int] = {}
         """Bit -> slot. A bit that is being swept has none."""
         self._free: list[int] = []
@@ -124,12 +126,15 @@ class PrefixIndex:
         self.remove(slot)
         capacity = capacity_blocks or DEFAULT_CAPACITY_BLOCKS
         self._replicas[slot] = _Replica(self._new_cache(slot, capacity), epoch)
+        self.end = max(self.end, slot + 1)
 
     def remove(self, slot: int) -> None:
         """Forgets a replica; its slot may be used for another at once."""
         replica = self._replicas.pop(slot, None)
         if replica is not None:
             self._retire(replica.cache)
+            if slot + 1 == self.end:
+                self.end = max(self._replicas, default=-1) + 1
 
     def clear(self, slot: int) -> None:
         """The replica holds nothing any more."""

@@ -37,7 +37,6 @@ from schemas.wire.routing import Policy
 Gather = Callable[[Any], Sequence[Any]]
 
 _Column = Sequence[float]
-_FEW: Final = 8
 _NO_DOUBT: Final[dict[int, float]] = {}
 ANSWER_TOKENS: Final = 256.0
 """Cache that an answer is taken to need besides its prompt."""
@@ -46,7 +45,17 @@ ANSWER_TOKENS: Final = 256.0
 class Candidates:
     """Replicas between which a request is decided, by slot. Keep it for as long as they are the same."""
 
-    __slots__ = ("_first", "_gather", "_known", "_row", "_version", "keys", "position", "slots")
+    __slots__ = (
+        "_first",
+        "_gather",
+        "_has_slow",
+        "_known",
+        "_row",
+        "_version",
+        "keys",
+        "position",
+        "slots",
+    )
 
     def __init__(self, slots: Sequence[int], ids: Sequence[str]) -> None:
         """`ids` are the replicas' names in the same order; at least one."""
@@ -62,14 +71,15 @@ class Candidates:
         self._row: Gather | None = itemgetter(slice(first, first + count)) if in_a_row else None
         self._version = -1
         self._known: tuple[_Column, _Column, _Column] = ((), (), ())
+        self._has_slow = True
 
-    def positions(self, slots: tuple[int, ...]) -> tuple[int, ...]:
-        """Where these stand; slots that are no candidates are left out."""
+    def positions(self, slots: tuple[int, ...], known: int) -> tuple[int, ...]:
+        """Where these stand; slots that are no candidates are left out. `known`: all slots are below it."""
         first = self._first
         if first is not None:
-            if len(slots) > _FEW and not first and max(slots) < len(self.slots):
-                return slots
             end = first + len(self.slots)
+            if not first and known <= end:
+                return slots
             return tuple([slot - first for slot in slots if first <= slot < end])
         at = self.position
         return tuple([at[slot] for slot in slots if slot in at])
@@ -78,7 +88,9 @@ class Candidates:
         """What is known of them, side by side."""
         if self._version != speeds.version:
             of = self._floats
-            self._known = of(speeds.rtt_s), of(speeds.slow), of(speeds.cost)
+            slow = of(speeds.slow)
+            self._known = of(speeds.rtt_s), slow, of(speeds.cost)
+            self._has_slow = slow.count(1.0) < len(slow)
             self._version = speeds.version
         take = self._row or self._floats
         return Fleet(
@@ -90,6 +102,7 @@ class Candidates:
             take(load.kv_used),
             self.requests(load),
             now,
+            self._has_slow,
         )
 
     def _floats(self, column: Any) -> array[float]:
@@ -149,8 +162,9 @@ def choose(
     """
     held: list[tuple[float, tuple[int, ...]]] = []
     depths: list[int] = []
+    known = states.index.end
     for blocks, slots in states.index.match(prompt.blocks):
-        here = candidates.positions(slots)
+        here = candidates.positions(slots, known)
         if here:
             held.append((hit_tokens(prompt, blocks), here))
             depths.append(blocks)

@@ -79,6 +79,8 @@ class Fleet(msgspec.Struct, gc=False):
     requests: Sequence[int]
     now: float
     """On the same clock as `ready_at`."""
+    has_slow: bool = True
+    """Whether any of `slow` may be more than 1."""
 
     def __len__(self) -> int:
         return len(self.rtt_s)
@@ -165,7 +167,7 @@ class Ranking:
         self._is_plain = (
             MU_S == 1.0
             and (weights is _DEFAULT or weights == _DEFAULT)
-            and fleet.slow.count(1.0) == len(fleet.slow)
+            and (not fleet.has_slow or fleet.slow.count(1.0) == len(fleet.slow))
         )
         self.costs_s: Costs
         """The session's bonus taken off."""

@@ -124,6 +124,7 @@ class IndexMachine(RuleBasedStateMachine):
             assert depths(self.index, blocks) == self.naive.depths(blocks)
         for slot, held in self.naive.held.items():
             assert self.index.held(slot) == len(held)
+        assert self.index.end == max(self.naive.held, default=-1) + 1
 
     def teardown(self):
         self.index.sweep(10_000)
