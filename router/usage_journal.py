@@ -1,18 +1,18 @@
 """What requests use, in a file that outlives the process: written before anything is billed.
 
-One file for each router process, mapped into memory: a write is a copy, not a system call, and what
-is in it survives a SIGKILL (though not a machine that stops). A request takes a slot when it is
-sent, notes in it what its stream has used so far, and leaves its record there until the ledger has
-it. Whoever finds the journal of a process that died finishes it. Not here: sending (usage_stream).
+One file for each router process. A stream takes a slot with its first word of usage, notes in it what
+it has used so far, and leaves its record there until the ledger has it; a request that ends in one
+piece leaves its record alone. Whoever finds the journal of a process that died finishes it. Not here:
+room in the file (journal_slots), sending (usage_stream).
 
-    header: magic, journal's name, greatest number that the ledger has
-    slot:   state, lengths | what is known at the start | usage so far | the finished record
+    header:      magic, journal's name, greatest number that the ledger has
+    wide slot:   state, lengths | what is known at the start | usage so far | the finished record
+    narrow slot: state, lengths | the finished record
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
 import secrets
 import struct
@@ -25,17 +25,17 @@ from typing import Final, Self
 import msgspec
 
 from router.core.usage import NOTHING, Usage, cost_nano_usd, running_usage
+from router.journal_slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
 from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Price
 
 SUFFIX: Final = ".journal"
-SLOT_BYTES: Final = 1536
-_HEADER_BYTES: Final = 4096
-_MAGIC: Final = b"detoserve-usage-1"
+_MAGIC: Final = b"detoserve-usage-2"
+_MAGIC_OF_WIDE: Final = b"detoserve-usage-1"
+"""Of journals that were made before there were narrow slots."""
 _NAME_AT: Final = 32
 _NAME_BYTES: Final = 16
 _ACKED_AT: Final = 64
-_FIRST_SLOTS: Final = 1024
 
 _FREE: Final = 0
 _OPEN: Final = 1
@@ -46,6 +46,8 @@ _SLOT_HEAD: Final = struct.Struct("<BxHHH")
 _OPENED_AT: Final = 8
 _RUNNING_AT: Final = 512
 _RECORD_AT: Final = 768
+_NARROW_RECORD_AT: Final = 8
+_NARROW_RECORD_BYTES: Final = NARROW_BYTES - _NARROW_RECORD_AT
 _RUNNING_LENGTH_AT: Final = 4
 _length_into: Final = struct.Struct("<H").pack_into
 _number: Final = struct.Struct("<Q")
@@ -77,19 +79,15 @@ class Journal:
     """An open journal. Make one with `create`, take over a dead process's with `adopt`.
 
     Args:
-        max_slots: requests in flight and records that the ledger does not have. Beyond it the
+        max_segments: for requests in flight and records that the ledger does not have. Beyond it the
             oldest record that Redis has is forgotten; where there is none, the newest is lost.
     """
 
-    def __init__(self, file: int, path: Path | None, *, max_slots: int) -> None:
+    def __init__(self, file: int, path: Path | None, *, max_segments: int) -> None:
         self._file = file
         self._path = path
-        self._max_slots = max_slots
-        self._size = max(os.fstat(file).st_size, _HEADER_BYTES + _FIRST_SLOTS * SLOT_BYTES)
-        # Also where the disk is full: a mapped page without a block would end the process.
-        os.posix_fallocate(file, 0, self._size)
-        self._map = mmap.mmap(file, self._size)
-        self._free: list[int] = []
+        self._slots = Slots(file, max_segments=max_segments)
+        self._map = self._slots.map
         self._unsent: deque[tuple[int, int]] = deque()
         self._sent: deque[tuple[int, int]] = deque()
         """Numbers of finished records with their slots, in order."""
@@ -102,7 +100,7 @@ class Journal:
         """Requests for which there was no room."""
 
     @classmethod
-    def create(cls, folder: Path | None, *, max_slots: int = 200_000) -> Self:
+    def create(cls, folder: Path | None, *, max_segments: int = MOST_SEGMENTS) -> Self:
         """A new journal, in memory alone where there is no folder.
 
         Raises:
@@ -118,7 +116,7 @@ class Journal:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            journal = cls(file, path, max_slots=max_slots)
+            journal = cls(file, path, max_segments=max_segments)
         except BaseException:
             os.close(file)
             if path is not None:
@@ -128,7 +126,7 @@ class Journal:
         journal._map[_NAME_AT : _NAME_AT + _NAME_BYTES] = name.encode()
         # Last: a file without it was never used.
         journal._map[: len(_MAGIC)] = _MAGIC
-        journal._add_slots(0)
+        journal._slots.begin()
         return journal
 
     @classmethod
@@ -144,14 +142,14 @@ class Journal:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.fstat(file).st_nlink:
                 raise JournalBusy  # noqa: TRY301 - emptied and removed by another in between
-            journal = cls(file, path, max_slots=0)
+            journal = cls(file, path, max_segments=0)
         except BlockingIOError:
             os.close(file)
             raise JournalBusy from None
         except BaseException:
             os.close(file)
             raise
-        if journal._map[: len(_MAGIC)] == _MAGIC:
+        if journal._map[: len(_MAGIC)] in (_MAGIC, _MAGIC_OF_WIDE):
             journal.name = journal._map[_NAME_AT : _NAME_AT + _NAME_BYTES].decode("ascii")
             journal._recover(ended_at)
         return journal
@@ -160,13 +158,11 @@ class Journal:
 
     def open(self, request: Opened) -> int:
         """Takes a slot for a request that is about to be sent; -1 where there is no room."""
-        if not self._free and not self._more():
+        data = _fitting(request, _RUNNING_AT - _OPENED_AT)
+        slot = self._room(narrow=False)
+        if slot is None:
             self.lost += 1
             return -1
-        slot = self._free.pop()
-        data = _encode(request)
-        if len(data) > _RUNNING_AT - _OPENED_AT:
-            data = _shortened(request)
         at = slot + _OPENED_AT
         self._map[at : at + len(data)] = data
         # The state goes in last: a slot that is half written is still free.
@@ -217,16 +213,16 @@ class Journal:
 
         `slot`: of the request, where it has one.
         """
+        data = _encode(record)
+        if len(data) > _NARROW_RECORD_BYTES:
+            data = _fitting(record, WIDE_BYTES - _RECORD_AT)
         if slot is None:
-            if not self._free and not self._more():
+            slot = self._room(narrow=len(data) <= _NARROW_RECORD_BYTES)
+            if slot is None:
                 self.lost += 1
                 return
-            slot = self._free.pop()
+        at = slot + (_NARROW_RECORD_AT if self._slots.is_narrow(slot) else _RECORD_AT)
         self.seq += 1
-        data = _encode(record)
-        if len(data) > SLOT_BYTES - _RECORD_AT:
-            data = _shortened(record)
-        at = slot + _RECORD_AT
         self._map[at : at + len(data)] = data
         _SLOT_HEAD.pack_into(self._map, slot, _FINISHED, 0, 0, len(data))
         self._unsent.append((self.seq, slot))
@@ -234,7 +230,7 @@ class Journal:
     def forget(self, slot: int) -> None:
         """A request that was not sent after all: its slot is free again, and there is no record."""
         self._map[slot] = _FREE
-        self._free.append(slot)
+        self._slots.give_back(slot)
 
     # What becomes of the records.
 
@@ -295,38 +291,22 @@ class Journal:
 
     def _record(self, slot: int) -> bytes:
         size = _SLOT_HEAD.unpack_from(self._map, slot)[3]
-        at = slot + _RECORD_AT
+        at = slot + (_NARROW_RECORD_AT if self._slots.is_narrow(slot) else _RECORD_AT)
         return self._map[at : at + size]
 
-    def _add_slots(self, first: int) -> None:
-        count = (self._size - _HEADER_BYTES) // SLOT_BYTES
-        self._free += [_HEADER_BYTES + SLOT_BYTES * i for i in reversed(range(first, count))]
-
-    def _more(self) -> bool:
-        """Room for more slots: a larger file, or the oldest record that Redis has."""
-        count = (self._size - _HEADER_BYTES) // SLOT_BYTES
-        more = min(count * 2, self._max_slots)
-        if more > count:
-            size = _HEADER_BYTES + more * SLOT_BYTES
-            try:
-                os.posix_fallocate(self._file, 0, size)
-                self._map.resize(size)
-            except OSError:
-                self._max_slots = count  # a full disk is not asked again
-            else:
-                self._size = size
-                self._add_slots(count)
-                return True
-        if not self._sent:
-            return False
-        self.forget(self._sent.popleft()[1])
-        return True
+    def _room(self, *, narrow: bool) -> int | None:
+        """A slot; where there is none, that of the oldest record that Redis has."""
+        slot = self._slots.take(narrow=narrow)
+        while slot is None and self._sent:
+            self.forget(self._sent.popleft()[1])
+            slot = self._slots.take(narrow=narrow)
+        return slot
 
     def _recover(self, ended_at: float) -> None:
         (self.acked,) = _number.unpack_from(self._map, _ACKED_AT)
         running = []
         finished: dict[int, int] = {}
-        for slot in range(_HEADER_BYTES, self._size - SLOT_BYTES + 1, SLOT_BYTES):
+        for slot in self._slots:
             state = self._map[slot]
             if state == _OPEN:
                 running.append(slot)
@@ -354,9 +334,20 @@ class Journal:
         return self.record(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
 
 
-def _shortened(value: Opened | UsageRecord) -> bytes:
-    """Encoded; a client's long id gives way."""
-    return _encode(msgspec.structs.replace(value, id=value.id[:48]))
+def _fitting(value: Opened | UsageRecord, size: int) -> bytes:
+    """Encoded; names that are longer than any should be give way, a client's id first."""
+    data = _encode(value)
+    for most in (48, 16):
+        if len(data) <= size:
+            break
+        cut = {"id": value.id[:most]}
+        if most < 48:
+            names = ("tenant", "key", "function", "revision")
+            cut |= {name: getattr(value, name)[:64] for name in names}
+            if isinstance(value, UsageRecord):
+                cut["replica"] = value.replica[:64]
+        data = _encode(msgspec.structs.replace(value, **cut))
+    return data
 
 
 def journals_in(folder: Path) -> list[Path]:

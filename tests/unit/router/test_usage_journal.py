@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.core.usage import Usage
-from router.usage_journal import SLOT_BYTES, Journal, JournalBusy, Opened
+from router.journal_slots import NARROW_BYTES, SEGMENT_BYTES
+from router.usage_journal import Journal, JournalBusy, Opened
 from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Price
 
@@ -104,7 +105,7 @@ def test_a_file_that_was_never_begun_holds_nothing(tmp_path):
 
 
 def test_only_what_redis_has_gives_way_where_room_runs_out(tmp_path):
-    journal = Journal.create(tmp_path, max_slots=1024)
+    journal = Journal.create(tmp_path, max_segments=16)
     slots = [journal.open(OPENED) for _ in range(1024)]
     assert journal.open(OPENED) == -1
     finish(journal, slots[0])
@@ -123,21 +124,71 @@ def test_it_grows_with_what_it_holds(tmp_path):
     assert [each.output_tokens for each in records(journal)] == list(range(3000))
     (path,) = tmp_path.iterdir()
     journal.close()
-    assert path.stat().st_size < 5000 * SLOT_BYTES
+    assert path.stat().st_size < 5000 * NARROW_BYTES
     assert len(records(Journal.adopt(path, ended_at=0.0))) == 3000
 
 
-def test_names_that_are_too_long_cost_the_id_alone():
+def test_a_journal_of_an_earlier_version_is_read(tmp_path):
+    journal = Journal.create(tmp_path)
+    finish(journal, journal.open(OPENED), 5)
+    journal.running(journal.open(OPENED), USAGE % 6)
+    (path,) = tmp_path.iterdir()
+    journal.close()
+    path.write_bytes(path.read_bytes().replace(b"detoserve-usage-2", b"detoserve-usage-1"))
+    adopted = Journal.adopt(path, ended_at=110.0)
+    assert [(r.seq, r.output_tokens) for r in records(adopted)] == [(1, 5), (2, 6)]
+    adopted.close()
+
+
+def test_records_and_streams_find_room_in_one_file(tmp_path):
+    journal = Journal.create(tmp_path, max_segments=4)
+    streams = [journal.open(OPENED) for _ in range(64)]
+    for count in range(3 * 192):
+        finish(journal, None, count)
+    assert journal.lost == 0
+    finish(journal, None)
+    assert journal.open(OPENED) == -1
+    assert journal.lost == 2
+    # A record may have the slot of a stream, and what Redis has gives way to either.
+    journal.forget(streams.pop())
+    finish(journal, None, 1000)
+    journal.sent(3 * 192 + 1)
+    finish(journal, None, 2000)
+    assert journal.open(OPENED) >= 0
+    assert [r.output_tokens for r in records(journal)] == [2000]
+    (path,) = tmp_path.iterdir()
+    journal.close()
+    assert path.stat().st_size <= 4 * SEGMENT_BYTES + 4096
+    left = records(Journal.adopt(path, ended_at=110.0))
+    assert [r.outcome for r in left].count("router_lost") == 64
+    assert [r.output_tokens for r in left if r.outcome == "ok"] == [2000]
+
+
+@pytest.mark.parametrize(("revision", "replica", "whole"), [(40, 100, True), (200, 300, False)])
+def test_names_that_are_too_long_cost_the_id_and_never_a_neighbour(revision, replica, whole):
     journal = Journal.create(None)
     long = msgspec.structs.replace(
-        OPENED, id="i" * 128, tenant="t" * 63, key="k" * 64, function="f" * 63, revision="r" * 200
+        OPENED,
+        id="i" * 128,
+        tenant="t" * 63,
+        key="k" * 64,
+        function="f" * 63,
+        revision="r" * revision,
     )
-    slot = journal.open(long)
     used = Usage(7, 0, 3)
-    finished = journal.record(long, used, ended_at=1.0, outcome="ok", replica="x" * 300)
-    journal.finish(slot, finished)
-    (got,) = records(journal)
-    assert got == msgspec.structs.replace(finished, id=got.id)
+    slot = journal.open(long)
+    for at in (slot, None, None):
+        made = journal.record(long, used, ended_at=1.0, outcome="ok", replica="x" * replica)
+        journal.finish(at, made)
+    journal.open(long)
+    kept = records(journal)
+    assert [got.seq for got in kept] == [1, 2, 3]
+    for got in kept:
+        assert made.id.startswith(got.id)
+        assert made.replica.startswith(got.replica)
+        assert (got.tenant, got.key, got.function) == (made.tenant, made.key, made.function)
+        assert (got.replica == made.replica) == whole
+        assert (got.input_tokens, got.output_tokens) == (7, 3)
     journal.close()
 
 
@@ -164,6 +215,11 @@ class Model(RuleBasedStateMachine):
         slot, _ = self.open.popitem()
         self.journal.running(slot, USAGE % tokens)
         finish(self.journal, slot, tokens)
+        self.finished.append(tokens)
+
+    @rule(tokens=st.integers(1, 9))
+    def finish_at_once(self, tokens):
+        finish(self.journal, None, tokens)
         self.finished.append(tokens)
 
     @precondition(lambda self: self.open)
