@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
@@ -204,8 +205,9 @@ def test_keys_and_prompts_stay_where_they_belong(
         data=f'{{"model": "chat", "messages": [{{"{prompt}'.encode(),
         headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     )
-    with pytest.raises(OSError, match="400"):
+    with pytest.raises(urllib.error.HTTPError, match="400") as refused:
         urllib.request.urlopen(broken, timeout=10)
+    refused.value.close()
     with pytest.raises(openai.APIStatusError):
         client.chat.completions.create(
             model="chat", messages=[{"role": "user", "content": prompt}], max_tokens=-1

@@ -47,6 +47,7 @@ class Up:
             text=True,
         )
         self.events: list[Event] = []
+        self._clients: list[OpenAI] = []
         self._fresh: queue.Queue[Event | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -119,9 +120,12 @@ class Up:
             return str(repo.git.log("--format=%s%n%b", "detoserve/status"))
 
     def client(self, ready: Event, *, key: str | None = None) -> OpenAI:
-        return OpenAI(
+        """Closed with this: left to the collector its sockets may be found open."""
+        client = OpenAI(
             base_url=ready["endpoint"], api_key=key or ready["api_key"], max_retries=0, timeout=30
         )
+        self._clients.append(client)
+        return client
 
     def metric(self, ready: Event, name: str) -> dict[str, float]:
         """A metric of the router by its replica."""
@@ -146,6 +150,8 @@ class Up:
         return self.process.wait(timeout_s)
 
     def close(self) -> None:
+        for client in self._clients:
+            client.close()
         try:
             self.stop()
         except subprocess.TimeoutExpired:
