@@ -28,6 +28,7 @@ from router.brain import Brain
 from router.channels import Channel
 from router.channels.redis_channel import RedisChannel
 from router.channels.socket_channel import SocketChannel
+from router.collector import OldGarbage
 from router.decision_metrics import DecisionMetrics
 from router.decisions import DecisionLog, outcome
 from router.downstream.connection import ClientServer
@@ -348,9 +349,12 @@ class Router:
             self._tasks.append(asyncio.get_running_loop().create_task(sharing.run(self._channels)))
 
     async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        garbage = OldGarbage(loop.time())
         while True:
             await asyncio.sleep(1)
             self.state.sweep()
+            garbage.look(loop.time(), idle=not self.state.in_flight.total)
 
     async def drain(self) -> None:
         """Takes nothing new, and returns when what runs has ended or the deadline has passed."""

@@ -7,7 +7,6 @@ after a drain, 1 when it could not start, 2 for wrong flags.
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import logging
 import os
@@ -19,24 +18,17 @@ from typing import Final
 import uvloop
 
 from router.app import Router, serve
+from router.collector import calm
 from router.settings import SettingsInvalid, load
 from router.static_table import TableInvalid
 from router.workers import Workers, WorkersFailed, supervise
 
 _PR_SET_PDEATHSIG: Final = 1
-_GC_ALLOCATIONS: Final = 25_000
 
 
 def _die_with_the_supervisor() -> None:
     """A worker whose supervisor is killed drains, instead of serving on unseen."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _calm_the_collector() -> None:
-    """Requests leave little for the cycle collector; by default it looks after every thirty or so."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_ALLOCATIONS, 10, 10)
 
 
 def _ready(router: Router | Workers) -> None:
@@ -66,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if settings.workers > 1:
             uvloop.run(supervise(settings, _ready))
             return
-        _calm_the_collector()
+        calm()
         if settings.listen_fd is not None:
             _die_with_the_supervisor()
         uvloop.run(serve(settings, _ready))
