@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Final, get_args
+from typing import Final
 
 import msgspec
 from redis.asyncio import Redis
@@ -34,7 +34,7 @@ from router.core.limits import (
     price_nano_usd,
 )
 from router.core.pocket import Pocket
-from router.core.shares import Amounts, Ask, Failing, Role, Share, Wants, blocked
+from router.core.shares import Amounts, Ask, Failing, Share, Wants, blocked
 from router.core.snapshot import Principal, Snapshot
 from schemas.wire import redis_keys
 from schemas.wire.routing import Function, Price
@@ -76,13 +76,10 @@ class Plan:
         "_rests",
         "budgets",
         "ends",
-        "in_tokens",
-        "in_usd",
+        "has_usd",
         "pocket",
         "price",
-        "rates",
         "requests",
-        "slots",
         "soft_percent",
         "tokens",
         "wants",
@@ -93,11 +90,10 @@ class Plan:
         self.pocket = Pocket(wants)
         self.price = price
         self.soft_percent = soft_percent
-        of_role = {r: [s for s, _ in wants if s.limit.role == r] for r in get_args(Role)}
-        self.rates, self.slots = of_role["tokens"], of_role["concurrent"]
-        self.in_usd, self.in_tokens = of_role["budget_usd"], of_role["budget_tokens"]
-        self.budgets = self.in_usd + self.in_tokens
-        self.ends = bool(self.rates or self.slots or self.budgets)
+        shares = [share for share, _ in wants]
+        self.has_usd = any(s.limit.role == "budget_usd" for s in shares)
+        self.budgets = [s for s in shares if s.limit.role in ("budget_usd", "budget_tokens")]
+        self.ends = any(s.limit.role != "requests" for s in shares)
         """Whether anything is to be given back."""
         # A function's are everybody's: what is left of them is nobody's business.
         own = [_Shown(s) for s, _ in wants if s.is_rate and s.limit.level != "function"]
@@ -110,7 +106,7 @@ class Plan:
 
     def amounts(self, input_tokens: int, output_tokens: int) -> Amounts:
         """What a request takes that needs so many tokens at most."""
-        price = price_nano_usd(self.price, input_tokens, output_tokens) if self.in_usd else 0
+        price = price_nano_usd(self.price, input_tokens, output_tokens) if self.has_usd else 0
         return 1, input_tokens + output_tokens, price
 
     def headers(self, remaining: Callable[[Share], int]) -> bytes:
@@ -162,21 +158,8 @@ class Admission(msgspec.Struct, eq=False):
             return
         if nano_usd is None:
             nano_usd = price_nano_usd(plan.price, input_tokens, output_tokens)
-        tokens = input_tokens + output_tokens
-        if plan.pocket.is_open:
-            plan.pocket.end(self._amounts, tokens, nano_usd, self._admitted_at)
-            return
-        book = self._limiter.book
-        _, tokens_taken, cost_taken = self._amounts
-        if tokens != tokens_taken:
-            for share in plan.rates:
-                book.settle_tokens(share, tokens_taken, tokens, self._admitted_at)
-        for share in plan.slots:
-            book.release(share, 1)
-        for share in plan.in_tokens:
-            book.release(share, tokens_taken, tokens)
-        for share in plan.in_usd:
-            book.release(share, cost_taken, nano_usd)
+        book, tokens = self._limiter.book, input_tokens + output_tokens
+        plan.pocket.end(book, self._amounts, tokens, nano_usd, self._admitted_at)
         if book.news:
             self._limiter.tell_now()
 

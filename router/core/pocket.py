@@ -39,6 +39,7 @@ class Pocket:
 
     __slots__ = (
         "_by_units",
+        "_ended",
         "_in_tokens",
         "_in_usd",
         "_rates",
@@ -46,7 +47,6 @@ class Pocket:
         "_seen",
         "_slots",
         "_until",
-        "ended",
         "filled",
         "is_open",
         "nano_usd",
@@ -63,7 +63,7 @@ class Pocket:
         """How often; so that others know whether what they made of it is still true."""
         self.requests = self.slots = self.tokens = self.nano_usd = 0
         """What can be taken."""
-        self.ended: list[tuple[Amounts, int, int, float]] = []
+        self._ended: list[tuple[Amounts, int, int, float]] = []
         """Requests that have ended since it was opened, of it or not: what each had taken, tokens and
         nano-USD that it used, and when it was admitted."""
         of_role = {role: [s for s, _ in wants if s.limit.role == role] for role in get_args(Role)}
@@ -86,10 +86,17 @@ class Pocket:
         self.nano_usd -= nano_usd
         return True
 
-    def end(self, amounts: Amounts, tokens: int, nano_usd: int, admitted_at: float) -> None:
-        """A request has ended while it is open: its slot is free, the rest is noted later."""
-        self.slots += 1
-        self.ended.append((amounts, tokens, nano_usd, admitted_at))
+    def end(
+        self, ends: Ends, amounts: Amounts, tokens: int, nano_usd: int, admitted_at: float
+    ) -> None:
+        """A request that took these amounts has ended and used so much; noted later while it is open."""
+        if self.is_open:
+            self.slots += 1
+            self._ended.append((amounts, tokens, nano_usd, admitted_at))
+            return
+        for share in self._slots:
+            ends.release(share, 1)
+        self._note(ends, [(amounts, tokens, nano_usd, admitted_at)])
 
     def fill(self, amounts: Amounts, now: float) -> None:
         """Takes out what many requests like this one would need, if they come often and there is plenty.
@@ -140,8 +147,8 @@ class Pocket:
         for share in self._slots:
             ends.release(share, self.slots)
         self.requests = self.slots = self.tokens = self.nano_usd = 0
-        if self.ended:
-            ended, self.ended = self.ended, []
+        if self._ended:
+            ended, self._ended = self._ended, []
             self._note(ends, ended)
 
     def _note(self, ends: Ends, ended: list[tuple[Amounts, int, int, float]]) -> None:

@@ -97,10 +97,7 @@ def test_each_request_and_every_share_is_as_without_it(steps):
                 finish(plain, key, amounts, tokens, nano_usd, since)
                 pocket = pocketed.pockets[key]
                 event("of an open pocket" if pocket.is_open else "by itself")
-                if pocket.is_open:
-                    pocket.end(amounts, tokens, nano_usd, since)
-                else:
-                    finish(pocketed, key, amounts, tokens, nano_usd, since)
+                pocket.end(pocketed.book, amounts, tokens, nano_usd, since)
             case "wait", seconds:
                 now += seconds
             case "lease", count, life_s:
