@@ -43,12 +43,11 @@ def test_a_new_key_has_its_form_and_its_hash() -> None:
     assert api_keys.create().text != key.text
 
 
-@given(st.data())
+@given(place=st.integers(0, 62), step=st.integers(1, len(ALPHABET) - 1))
 @settings(max_examples=200)
-def test_every_single_character_error_is_caught(data: st.DataObject) -> None:
-    text = api_keys.create().text
-    place = data.draw(st.integers(0, len(text) - 1))
-    wrong = data.draw(st.sampled_from(ALPHABET).filter(lambda c: c != text[place]))
+def test_every_single_character_error_is_caught(place: int, step: int) -> None:
+    text = api_keys.create().text  # differs each time, so nothing that is drawn may depend on it
+    wrong = ALPHABET[(ALPHABET.index(text[place]) + step) % len(ALPHABET)]
     assert api_keys.key_id(text[:place] + wrong + text[place + 1 :]) is None
 
 
