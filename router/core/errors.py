@@ -26,6 +26,8 @@ class Refusal:
     retry: bool = False
     """Whether the same request may succeed if it is sent again (`x-should-retry`)."""
     more_headers: tuple[tuple[str, str], ...] = ()
+    elsewhere: bool = False
+    """Whether a function that the refusing one falls back on may answer."""
 
     def body(self) -> bytes:
         """JSON of `{"error": {message, type, param, code}}`."""
@@ -232,6 +234,7 @@ def no_replica(model: str) -> Refusal:
         "no_replica",
         retry_after_s=2,
         retry=True,
+        elsewhere=True,
     )
 
 
@@ -243,6 +246,7 @@ def at_capacity(model: str) -> Refusal:
         "at_capacity",
         retry_after_s=1,
         retry=True,
+        elsewhere=True,
     )
 
 
@@ -255,6 +259,7 @@ def would_wait_too_long(model: str, retry_after_s: float) -> Refusal:
         "at_capacity",
         retry_after_s=retry_after_s,
         retry=True,
+        elsewhere=True,
     )
 
 
@@ -266,6 +271,7 @@ def waited_in_vain(model: str, waited_s: float) -> Refusal:
         "at_capacity",
         retry_after_s=1,
         retry=True,
+        elsewhere=True,
     )
 
 
@@ -286,6 +292,7 @@ def upstream_failed(model: str) -> Refusal:
         "server_error",
         "upstream_failed",
         retry=True,
+        elsewhere=True,
     )
 
 

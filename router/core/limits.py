@@ -142,6 +142,7 @@ def over_limit(
         )
     what, kind = _WORDS[limit.role]
     whose = {"tenant": "this account", "key": "this API key", "function": "all accounts"}
+    own = limit.level != "function"
     head = f"Rate limit reached for `{model}` on {what} of {whose[limit.level]}"
     if failing.never:
         return Refusal(
@@ -150,12 +151,12 @@ def over_limit(
             f"Requested {amount}. Ask for fewer tokens.",
             kind,
             "rate_limit_exceeded",
+            elsewhere=not own,
         )
     wait_s = failing.wait_s
     if wait_s is None:
         wait_s = _SLOT_WAIT_S if limit.role == "concurrent" else _TOKENS_WAIT_S
     numbers = f"Limit {limit.limit}"
-    own = limit.level != "function"
     if own and remaining is not None:
         numbers += f", Used {max(0, limit.limit - remaining)}"
     return Refusal(
@@ -166,6 +167,7 @@ def over_limit(
         retry_after_s=wait_s,
         retry=True,
         more_headers=rate_headers(limit, remaining or 0, wait_s) if own else (),
+        elsewhere=not own,
     )
 
 

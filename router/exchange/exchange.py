@@ -22,7 +22,6 @@ from router.upstream.connection import (
 )
 
 _log: Final = logging.getLogger(__name__)
-_FALL_BACK_ON: Final = frozenset({"no_replica", "at_capacity", "upstream_failed"})
 _EVENTS: Final = b"text/event-stream"
 
 
@@ -176,7 +175,7 @@ class Exchange(Attempts, eq=False):
     def _refuse(self, refusal: Refusal) -> None:
         """Another function answers instead, or the router itself does."""
         self._end_attempt()
-        if self._fallbacks and refusal.code in _FALL_BACK_ON:
+        if self._fallbacks and refusal.elsewhere:
             admission, self._admission = self._admission, None
             if admission is not None:
                 admission.undo()

@@ -196,6 +196,20 @@ async def test_a_limit_of_a_function_holds_over_tenants_and_tells_nothing_of_oth
             assert b"Used" not in body
 
 
+async def test_a_function_over_its_own_limit_falls_back_and_a_tenant_over_its_own_does_not(
+    tmp_path,
+):
+    async with fake_engine() as big, fake_engine() as small:
+        table = routing_table(
+            function(big.url, fallbacks=("small",), limits=Limits(requests_per_minute=2)),
+            function(small.url, name="small"),
+            tenants=(tenant(limits=Limits(requests_per_minute=5)),),
+        )
+        async with running_router(table, tmp_path, probe_interval_s=0) as router:
+            assert [(await ask(router))[0] for _ in range(6)] == [200] * 5 + [429]
+            assert (len(big.received), len(small.received)) == (2, 3)
+
+
 async def test_requests_wait_for_room_and_all_are_answered(tmp_path):
     held = Held()
     async with (
