@@ -13,7 +13,9 @@ from typing import Final
 
 SALTED_ENGINES: Final = frozenset({"vllm", "llm-d", "sglang", "simulated"})
 """Engines that know `cache_salt`. Others either ignore it or refuse what they do not know."""
-SALTED_TASKS: Final = frozenset({"chat", "completions", "responses"})
+SALTED_OPERATIONS: Final = frozenset({"chat", "text_completion", "responses", "messages"})
+"""Whatever fills caches. vLLM takes a salt with Messages since July 2026 (its pull request 49498); older
+ones, and SGLang, pass over it there."""
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from router.conversation import Conversation
 from router.core import errors
 from router.core.errors import Refused
 from router.core.inflate import EncodingInvalid, inflate
-from router.core.isolation import SALTED_ENGINES, SALTED_TASKS, cache_salt
+from router.core.isolation import SALTED_ENGINES, SALTED_OPERATIONS, cache_salt
 from router.core.request import BodyInvalid, read_form, read_json
 from router.core.sessions import session_name
 from router.core.snapshot import Candidate, Target
@@ -145,14 +145,14 @@ class Asked(Stage, eq=False):
             if model == function.served_name:
                 return body
             return body[: span[0]] + function.served_name.encode() + body[span[1] :]
-        task = self._endpoint.task
+        endpoint = self._endpoint
         values: dict[str, bytes] = {}
         if model is not None and model != function.served_name:
             values["model"] = _json(function.served_name)
-        self._metering = self._proxy.meter.plan(task, function.engine, parsed)
+        self._metering = self._proxy.meter.plan(endpoint.task, function.engine, parsed)
         if self._metering.stream_options is not None:
             values["stream_options"] = self._metering.stream_options
-        salted = function.engine in SALTED_ENGINES and task in SALTED_TASKS
+        salted = function.engine in SALTED_ENGINES and endpoint.operation in SALTED_OPERATIONS
         if salted or "cache_salt" in parsed or not parsed:
             values["cache_salt"] = b'"%b"' % salt.encode()
         if not values:

@@ -292,8 +292,17 @@ async def test_an_attempt_that_was_thrown_away_is_nobodys(tmp_path):
         assert full.received
 
 
-@pytest.mark.parametrize("engine_name", ["vllm", "custom"])
-async def test_salts_are_the_tenants_own_whatever_a_client_sends(tmp_path, engine_name):
+@pytest.mark.parametrize(
+    ("engine_name", "path"),
+    [
+        ("vllm", "/v1/chat/completions"),
+        ("vllm", "/v1/responses"),
+        ("vllm", "/v1/messages"),
+        ("vllm", "/v1/messages/count_tokens"),
+        ("custom", "/v1/chat/completions"),
+    ],
+)
+async def test_salts_are_the_tenants_own_whatever_a_client_sends(tmp_path, engine_name, path):
     async with (
         fake_engine() as engine,
         metered(tmp_path, function(engine.url, engine=engine_name)) as (router, _),
@@ -302,12 +311,12 @@ async def test_salts_are_the_tenants_own_whatever_a_client_sends(tmp_path, engin
         salts = {}
         for who, key in (("team", KEY.text), ("others", OTHER.text)):
             for wish in wishes:
-                assert (await ask(router, body(**wish), key=key))[0] == 200
+                assert (await ask(router, body(**wish), key=key, path=path))[0] == 200
                 sent = json.loads(engine.received[-1].body)
                 assert sent["messages"] == body()["messages"]
                 salts[who, str(wish.get("cache_salt"))] = sent.get("cache_salt")
         assert "mine" not in salts.values()
-        if engine_name == "vllm":
+        if engine_name == "vllm" and "count" not in path:
             # Two tenants share none; one keeps its own users apart.
             assert len(set(salts.values())) == 4
             assert salts["team", "None"] == salts["team", "5"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from statistics import median
 
@@ -166,10 +166,27 @@ async def test_salts_separate_what_the_engines_hold(
             user = Conversation(site, "whoever asks the same", tenant=tenant, **body)
             return (await user.say("Hello!")).cached_tokens
 
-        for salt in ("one", None):
-            assert await cached("acme", salt) < BLOCK_TOKENS
-            assert await cached("acme", salt) > 1000
-            # Another tenant never finds out that this was asked, whatever salt it names.
-            assert await cached("other", salt) < BLOCK_TOKENS
-        assert await cached("acme", "another") < BLOCK_TOKENS
-        assert await cached("acme", "one") > 1000
+        await is_kept_apart(cached)
+
+
+async def test_salts_separate_what_comes_as_messages_too(
+    engines: list[VllmEngine], tmp_path: Path
+) -> None:
+    async with vllm_site(tmp_path, engines) as site:
+
+        async def cached(tenant: str, salt: str | None) -> int:
+            body = {} if salt is None else {"cache_salt": salt}
+            return await site.message("whoever writes the same", tenant=tenant, **body)
+
+        await is_kept_apart(cached)
+
+
+async def is_kept_apart(cached: Callable[[str, str | None], Awaitable[int]]) -> None:
+    """`cached`: sends the same prompt for a tenant with a salt, and says how much was in a cache."""
+    for salt in ("one", None):
+        assert await cached("acme", salt) < BLOCK_TOKENS
+        assert await cached("acme", salt) > 1000
+        # Another tenant never finds out that this was asked, whatever salt it names.
+        assert await cached("other", salt) < BLOCK_TOKENS
+    assert await cached("acme", "another") < BLOCK_TOKENS
+    assert await cached("acme", "one") > 1000

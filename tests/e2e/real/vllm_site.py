@@ -121,6 +121,24 @@ class VllmSite(Site):
             for s in samples
         }
 
+    async def message(self, name: str, *, tenant: str, **body: Any) -> int:
+        """Sends one prompt as Anthropic's clients do; tokens of it that were in a cache."""
+        asked = {
+            "model": SERVED_NAME,
+            "system": f"You serve {name}.\n{RULES}",
+            "messages": [{"role": "user", "content": "Hello!"}],
+            "max_tokens": 4,
+            **body,
+        }
+        headers = {"x-api-key": TENANTS[tenant].text, "anthropic-version": "2023-06-01"}
+        async with (
+            aiohttp.ClientSession(self.url, timeout=aiohttp.ClientTimeout(120)) as client,
+            client.post("/v1/messages", json=asked, headers=headers) as answer,
+        ):
+            said = await answer.json()
+            assert answer.status == 200, said
+            return int(said["usage"].get("cache_read_input_tokens") or 0)
+
     async def both_followed(self) -> dict[str, EngineReport]:
         async def both() -> dict[str, EngineReport]:
             reports = await self.reports()
