@@ -54,8 +54,8 @@ class Slots:
         self._unused: list[int] = []
         """Segments without slots yet."""
         self._wide: list[int] = []
-        self._narrow: list[int] = []
-        """Free slots."""
+        self.narrow: list[int] = []
+        """Free slots; `take` makes more."""
 
     def begin(self) -> None:
         """The file is new: all of it may be used."""
@@ -63,7 +63,7 @@ class Slots:
 
     def take(self, *, narrow: bool) -> int | None:
         """A slot of this size, or a larger one; None where there is no room."""
-        free = self._narrow if narrow else self._wide
+        free = self.narrow if narrow else self._wide
         if not free:
             if not self._unused:
                 self._grow()
@@ -74,7 +74,7 @@ class Slots:
         return free.pop() if free else None
 
     def give_back(self, slot: int) -> None:
-        (self._narrow if self.is_narrow(slot) else self._wide).append(slot)
+        (self.narrow if self.is_narrow(slot) else self._wide).append(slot)
 
     def is_narrow(self, slot: int) -> bool:
         return self._kinds[(slot - HEADER_BYTES) // SEGMENT_BYTES] == _NARROW
@@ -107,4 +107,4 @@ class Slots:
         self._kinds[segment] = self.map[KINDS_AT + segment] = kind
         begins = HEADER_BYTES + segment * SEGMENT_BYTES
         slots = range(begins, begins + SEGMENT_BYTES, size)
-        (self._narrow if narrow else self._wide).extend(reversed(slots))
+        (self.narrow if narrow else self._wide).extend(reversed(slots))

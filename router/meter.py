@@ -108,7 +108,8 @@ class Metered(msgspec.Struct, eq=False):
         if used is None:
             return NOTHING
         if used.estimated and not used.input_tokens:
-            return used._replace(input_tokens=int(self._record.request_bytes / BYTES_A_TOKEN))
+            prompt = int(self._record.request_bytes / BYTES_A_TOKEN)
+            return Usage(prompt, used.cached_tokens, used.output_tokens, estimated=True)
         return used
 
     def finish(self) -> Usage:
@@ -121,23 +122,23 @@ class Metered(msgspec.Struct, eq=False):
         if journal is not None:
             duration_s = perf_counter() - record.started
             made = UsageRecord(
-                journal=journal.name,
-                seq=journal.seq + 1,
-                id=record.id,
-                tenant=record.tenant,
-                key=record.key,
-                function=function.name,
-                revision=self._revision,
-                replica=record.replica,
-                input_tokens=used.input_tokens,
-                cached_tokens=used.cached_tokens,
-                output_tokens=used.output_tokens,
-                cost_nano_usd=cost,
-                estimated=used.estimated,
-                started_at=meter.now() - duration_s,
-                ttft_s=record.first_body - record.started if record.first_body else None,
-                duration_s=duration_s,
-                outcome=record.outcome,
+                journal.name,
+                journal.seq + 1,
+                record.id,
+                record.tenant,
+                record.key,
+                function.name,
+                self._revision,
+                meter.now() - duration_s,
+                record.replica,
+                used.input_tokens,
+                used.cached_tokens,
+                used.output_tokens,
+                cost,
+                used.estimated,
+                record.first_body - record.started if record.first_body else None,
+                duration_s,
+                record.outcome,
             )
             journal.finish(self._slot, made)
         return used

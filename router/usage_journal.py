@@ -37,6 +37,13 @@ _NAME_AT: Final = 32
 _NAME_BYTES: Final = 16
 _ACKED_AT: Final = 64
 
+_NONE: Final = -1
+"""No slot."""
+_MOST_FRESH: Final = 4096
+"""Records of which a copy is at hand: a megabyte."""
+_MOST_MISSING: Final = 1_000_000
+"""Records in a row; no file has room for so many."""
+
 _FREE: Final = 0
 _OPEN: Final = 1
 _FINISHED: Final = 2
@@ -49,6 +56,7 @@ _RECORD_AT: Final = 768
 _NARROW_RECORD_AT: Final = 8
 _NARROW_RECORD_BYTES: Final = NARROW_BYTES - _NARROW_RECORD_AT
 _RUNNING_LENGTH_AT: Final = 4
+_head_into: Final = _SLOT_HEAD.pack_into
 _length_into: Final = struct.Struct("<H").pack_into
 _number: Final = struct.Struct("<Q")
 _encode: Final = msgspec.msgpack.Encoder().encode
@@ -88,9 +96,12 @@ class Journal:
         self._path = path
         self._slots = Slots(file, max_segments=max_segments)
         self._map = self._slots.map
-        self._unsent: deque[tuple[int, int]] = deque()
-        self._sent: deque[tuple[int, int]] = deque()
-        """Numbers of finished records with their slots, in order."""
+        self._sent: deque[int] = deque()
+        self._unsent: deque[int] = deque()
+        """Slots of finished records in the order of their numbers, which follow one another: `_NONE`
+        for one that could not be read again, and the last is `seq`'s."""
+        self._fresh: list[bytes] | None = []
+        """All that is unsent, while that is little: what is sent soon need not be read from the file."""
         self.name = ""
         self.seq = 0
         """The greatest number given out."""
@@ -166,7 +177,7 @@ class Journal:
         at = slot + _OPENED_AT
         self._map[at : at + len(data)] = data
         # The state goes in last: a slot that is half written is still free.
-        _SLOT_HEAD.pack_into(self._map, slot, _OPEN, len(data), 0, 0)
+        _head_into(self._map, slot, _OPEN, len(data), 0, 0)
         return slot
 
     def running(self, slot: int, usage: bytes) -> None:
@@ -214,23 +225,35 @@ class Journal:
         `slot`: of the request, where it has one.
         """
         data = _encode(record)
-        if len(data) > _NARROW_RECORD_BYTES:
-            data = _fitting(record, WIDE_BYTES - _RECORD_AT)
-        if slot is None:
-            slot = self._room(narrow=len(data) <= _NARROW_RECORD_BYTES)
+        size = len(data)
+        if slot is None and size <= _NARROW_RECORD_BYTES and self._slots.narrow:
+            slot = self._slots.narrow.pop()  # nearly always
+            at = slot + _NARROW_RECORD_AT
+        else:
+            if size > _NARROW_RECORD_BYTES:
+                data = _fitting(record, WIDE_BYTES - _RECORD_AT)
+                size = len(data)
             if slot is None:
-                self.lost += 1
-                return
-        at = slot + (_NARROW_RECORD_AT if self._slots.is_narrow(slot) else _RECORD_AT)
+                slot = self._room(narrow=size <= _NARROW_RECORD_BYTES)
+                if slot is None:
+                    self.lost += 1
+                    return
+            at = slot + (_NARROW_RECORD_AT if self._slots.is_narrow(slot) else _RECORD_AT)
         self.seq += 1
-        self._map[at : at + len(data)] = data
-        _SLOT_HEAD.pack_into(self._map, slot, _FINISHED, 0, 0, len(data))
-        self._unsent.append((self.seq, slot))
+        self._map[at : at + size] = data
+        _head_into(self._map, slot, _FINISHED, 0, 0, size)
+        self._unsent.append(slot)
+        fresh = self._fresh
+        if fresh is not None:
+            fresh.append(data)
+            if len(fresh) > _MOST_FRESH:
+                self._fresh = None
 
     def forget(self, slot: int) -> None:
         """A request that was not sent after all: its slot is free again, and there is no record."""
-        self._map[slot] = _FREE
-        self._slots.give_back(slot)
+        if slot != _NONE:
+            self._map[slot] = _FREE
+            self._slots.give_back(slot)
 
     # What becomes of the records.
 
@@ -247,27 +270,36 @@ class Journal:
     @property
     def oldest(self) -> int:
         """The number of the first record that is kept; of the next one where none is."""
-        kept = self._sent or self._unsent
-        return kept[0][0] if kept else self.seq + 1
+        return self.seq - self.kept + 1
 
     @property
     def newest(self) -> int:
         """The greatest number that Redis has been given."""
-        return self._unsent[0][0] - 1 if self._unsent else self.seq
+        return self.seq - len(self._unsent)
 
-    def unsent(self, limit: int) -> list[tuple[int, bytes]]:
-        """Records that Redis does not have, in order: (number, bytes)."""
-        return [(seq, self._record(slot)) for seq, slot in islice(self._unsent, limit)]
+    def unsent(self, limit: int) -> list[bytes]:
+        """The first records that Redis does not have, from number `newest` + 1 on.
+
+        Empty in the place of one that could not be read again.
+        """
+        if self._fresh is not None:
+            return self._fresh[:limit]
+        return [self._record(slot) for slot in islice(self._unsent, limit)]
 
     def sent(self, seq: int) -> None:
         """Redis has everything up to this number."""
-        while self._unsent and self._unsent[0][0] <= seq:
-            self._sent.append(self._unsent.popleft())
+        unsent, sent = self._unsent, self._sent
+        count = min(seq - self.newest, len(unsent))
+        for _ in range(count):
+            sent.append(unsent.popleft())
+        self._left(count)
 
     def send_again(self) -> None:
         """Redis has lost what was sent."""
-        self._unsent.extendleft(reversed(self._sent))
-        self._sent.clear()
+        if self._sent:
+            self._unsent.extendleft(reversed(self._sent))
+            self._sent.clear()
+            self._fresh = None
 
     def acknowledge(self, seq: int) -> None:
         """The ledger has everything up to this number: it need not be kept any more."""
@@ -275,9 +307,13 @@ class Journal:
             return
         self.acked = seq
         _number.pack_into(self._map, _ACKED_AT, seq)
-        for records in (self._sent, self._unsent):
-            while records and records[0][0] <= seq:
-                self.forget(records.popleft()[1])
+        unsent, sent = self._unsent, self._sent
+        for _ in range(min(seq - self.oldest + 1, len(sent))):
+            self.forget(sent.popleft())
+        count = min(seq - self.newest, len(unsent))
+        for _ in range(count):
+            self.forget(unsent.popleft())
+        self._left(count)
 
     def close(self, *, remove: bool = False) -> None:
         """Lets go of it. `remove`: there is nothing in it that anybody needs."""
@@ -289,7 +325,16 @@ class Journal:
 
     # Inside.
 
+    def _left(self, count: int) -> None:
+        """So many are unsent no more."""
+        if not self._unsent:
+            self._fresh = []
+        elif self._fresh is not None and count > 0:
+            del self._fresh[:count]
+
     def _record(self, slot: int) -> bytes:
+        if slot == _NONE:
+            return b""
         size = _SLOT_HEAD.unpack_from(self._map, slot)[3]
         at = slot + (_NARROW_RECORD_AT if self._slots.is_narrow(slot) else _RECORD_AT)
         return self._map[at : at + size]
@@ -298,7 +343,7 @@ class Journal:
         """A slot; where there is none, that of the oldest record that Redis has."""
         slot = self._slots.take(narrow=narrow)
         while slot is None and self._sent:
-            self.forget(self._sent.popleft()[1])
+            self.forget(self._sent.popleft())
             slot = self._slots.take(narrow=narrow)
         return slot
 
@@ -313,8 +358,17 @@ class Journal:
             elif state == _FINISHED:
                 with suppress(msgspec.DecodeError):
                     finished[_decode_record(self._record(slot)).seq] = slot
-        self.seq = max([self.acked, *finished])
-        self._unsent.extend(sorted((s, slot) for s, slot in finished.items() if s > self.acked))
+        self.seq = self.acked
+        for seq in sorted(finished):
+            if seq <= self.acked:
+                self.forget(finished[seq])
+                continue
+            missing = seq - self.seq - 1 if self._unsent else 0
+            if missing <= _MOST_MISSING:  # else it is nobody's number
+                self._unsent.extend([_NONE] * missing)
+                self._unsent.append(finished[seq])
+                self.seq = seq
+        self._fresh = None
         for slot in running:
             record = self._as_it_stood(slot, ended_at)
             if record is None:

@@ -23,7 +23,6 @@ from redis.exceptions import RedisError
 from router.usage_journal import Journal, JournalBusy, journals_in
 from schemas.wire import redis_keys
 
-_length: Final = struct.Struct(">H").pack
 _log: Final = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
@@ -35,7 +34,8 @@ _FULL: Final = 1_000_000
 
 # KEYS usage, usage:sent, usage:acked
 # ARGV journal, number before the first that the journal has, entries at which the stream is full,
-#      number of the first record, records: each behind its length in two bytes
+#      number of the first record, the lengths of all in two bytes each, the records;
+#      of one that nobody can read any more the length is 0
 # Returns a word, the greatest number there, and the greatest one that the ledger has.
 _SEND: Final = """
 local acked = tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '0') or 0
@@ -43,30 +43,23 @@ local known = tonumber(redis.call('HGET', KEYS[2], ARGV[1]) or '0') or 0
 local there = math.max(acked, known, tonumber(ARGV[2]))
 local first = tonumber(ARGV[4])
 if first > there + 1 then return {'lost', there, acked} end
-local records, at, number = ARGV[5], 1, first
-if #records > 0 and redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then
+local sizes, records, at, number = ARGV[5], ARGV[6], 1, first
+if #sizes > 0 and redis.call('XLEN', KEYS[1]) >= tonumber(ARGV[3]) then
   return {'full', there, acked}
 end
-while at <= #records do
-  local size, begins = struct.unpack('>I2', records, at)
-  at = begins + size
+for place = 1, #sizes, 2 do
+  local size = struct.unpack('>I2', sizes, place)
   if number > there then
-    redis.call('XADD', KEYS[1], '*', 'r', string.sub(records, begins, at - 1))
+    if size > 0 then
+      redis.call('XADD', KEYS[1], '*', 'r', string.sub(records, at, at + size - 1))
+    end
     there = number
   end
-  number = number + 1
+  at, number = at + size, number + 1
 end
 if there > known then redis.call('HSET', KEYS[2], ARGV[1], there) end
 return {'sent', there, acked}
 """
-
-
-def _packed(records: list[bytes]) -> bytes:
-    """One argument for all: a client of Redis looks at each."""
-    parts: list[bytes] = []
-    for data in records:
-        parts += (_length(len(data)), data)
-    return b"".join(parts)
 
 
 class UsageStream:
@@ -152,12 +145,14 @@ class UsageStream:
         if not journal.kept:
             return False
         batch = journal.unsent(_BATCH)
-        first = batch[0][0] if batch else journal.newest + 1
-        # Numbers follow one another but where a record could not be read again.
-        whole = [data for at, (seq, data) in enumerate(batch) if seq == first + at]
+        # Two arguments for all: a client of Redis looks at each.
+        sizes = struct.pack(f">{len(batch)}H", *map(len, batch))
         word, there, acked = await self._send(
             keys=[redis_keys.USAGE_STREAM, redis_keys.USAGE_SENT, redis_keys.USAGE_ACKED],
-            args=[journal.name, journal.oldest - 1, _FULL, first, _packed(whole)],
+            args=[
+                *(journal.name, journal.oldest - 1, _FULL, journal.newest + 1),
+                *(sizes, b"".join(batch)),
+            ],
         )
         if word == b"lost":
             journal.send_again()

@@ -46,7 +46,7 @@ _WHOLE_BYTES: Final = 1024 * 1024
 """A body up to this size is read as a whole for its usage, a larger one by its tail."""
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one request. `cached_tokens` are among `input_tokens`."""
 
     input_tokens: int = 0
@@ -390,7 +390,8 @@ class StreamReader:
             # Messages may tell the prompt's tokens at the beginning alone.
             begun = _said_in(self._first)
             if begun is not None:
-                found = _usage(begun)._replace(output_tokens=found.output_tokens)
+                first = _usage(begun)
+                found = Usage(first.input_tokens, first.cached_tokens, found.output_tokens)
         return found
 
     def _sum(self) -> Usage:

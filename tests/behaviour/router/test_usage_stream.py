@@ -119,6 +119,30 @@ async def test_a_batch_whose_answer_was_lost_counts_once(tmp_path):
         assert list(await redis.hkeys(USAGE_SENT)) == [own.name.encode()]
 
 
+@pytest.mark.timeout(30)
+async def test_a_record_that_cannot_be_read_again_holds_up_no_other(tmp_path):
+    left = Journal.create(tmp_path / "usage")
+    use(left, 1, 2, 3)
+    (path,) = (tmp_path / "usage").iterdir()
+    left.close()
+    file = bytearray(path.read_bytes())
+    second = file.index(b"\xa7journal", file.index(b"\xa7journal") + 1)
+    file[second] = 0xC1  # which MessagePack never uses
+    path.write_bytes(file)
+    async with running_valkey(tmp_path) as (_, redis):
+        own = Journal.create(tmp_path / "usage")
+        async with running(redis, own, tmp_path / "usage") as stream:
+
+            async def there():
+                return len(await in_redis(redis)) == 2
+
+            await eventually(there)
+            assert await in_redis(redis) == [(1, 1), (3, 3)]
+            await redis.hset(USAGE_ACKED, left.name, 3)
+            await eventually(lambda: stream.kept == 0)
+    assert list((tmp_path / "usage").iterdir()) == []
+
+
 async def test_many_records_go_in_batches(tmp_path):
     async with running_valkey(tmp_path) as (_, redis):
         journal = Journal.create(None)

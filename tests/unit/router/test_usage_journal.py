@@ -37,7 +37,7 @@ def finish(journal: Journal, slot: int | None, output_tokens: int = 3) -> None:
 
 
 def records(journal: Journal) -> list[UsageRecord]:
-    return [msgspec.msgpack.decode(data, type=UsageRecord) for _, data in journal.unsent(10_000)]
+    return [msgspec.msgpack.decode(data, type=UsageRecord) for data in journal.unsent(10_000)]
 
 
 def test_a_record_says_who_used_what_and_what_it_cost():
