@@ -26,13 +26,14 @@ import msgspec
 
 from router.core.usage import NOTHING, Usage, cost_nano_usd, running_usage
 from router.journal_slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
-from schemas.wire.events import UsageRecord
+from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.routing import Price
 
 SUFFIX: Final = ".journal"
 _MAGIC: Final = b"detoserve-usage-2"
 _MAGIC_OF_WIDE: Final = b"detoserve-usage-1"
 """Of journals that were made before there were narrow slots."""
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError)
 _NAME_AT: Final = 32
 _NAME_BYTES: Final = 16
 _ACKED_AT: Final = 64
@@ -80,7 +81,6 @@ class Opened(msgspec.Struct, array_like=True):
 
 
 _decode_opened: Final = msgspec.msgpack.Decoder(Opened).decode
-_decode_record: Final = msgspec.msgpack.Decoder(UsageRecord).decode
 
 
 class Journal:
@@ -356,8 +356,8 @@ class Journal:
             if state == _OPEN:
                 running.append(slot)
             elif state == _FINISHED:
-                with suppress(msgspec.DecodeError):
-                    finished[_decode_record(self._record(slot)).seq] = slot
+                with suppress(*_UNREADABLE):
+                    finished[usage_record(self._record(slot)).seq] = slot
         self.seq = self.acked
         for seq in sorted(finished):
             if seq <= self.acked:
@@ -383,7 +383,7 @@ class Journal:
         at = slot + _OPENED_AT
         try:
             opened = _decode_opened(self._map[at : at + opened_size])
-        except msgspec.DecodeError:
+        except _UNREADABLE:
             return None
         return self.record(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")
 

@@ -17,14 +17,12 @@ from redis.asyncio import Redis
 from reconciler.core.ledger import Position
 from reconciler.publish.redis_edge import answered
 from schemas.wire import redis_keys
-from schemas.wire.events import VERSION, MonthToDate, UsageRecord
+from schemas.wire.events import VERSION, MonthToDate, UsageRecord, usage_record
 
 log = logging.getLogger("detoserve.reconciler")
 
 BEGINNING = "0-0"
 _MONTH_KEPT_S = 63 * 24 * 3600
-
-_decode = msgspec.msgpack.Decoder(UsageRecord).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +118,7 @@ def _order(position: str) -> tuple[int, int]:
 
 def _read(data: bytes) -> UsageRecord | None:
     try:
-        record = _decode(data)
+        record = usage_record(data)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     return record if record.version == VERSION else None

@@ -7,7 +7,6 @@ import json
 from contextlib import asynccontextmanager
 
 import aiohttp
-import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -18,7 +17,7 @@ from router.app import Router
 from router.settings import Settings
 from schemas import api_keys
 from schemas.wire.envelope import public_key_hex, seal
-from schemas.wire.events import UsageRecord
+from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.redis_keys import ROUTES_CURRENT, ROUTES_GENERATION, USAGE_STREAM
 from schemas.wire.routing import Key, Price, Tenant
 from tests.behaviour.publish_fixtures import running_valkey
@@ -69,7 +68,7 @@ async def records(redis, count: int) -> list[UsageRecord]:
         return entries if len(entries) >= count else None
 
     entries = await eventually(all_there)
-    return [msgspec.msgpack.decode(fields[b"r"], type=UsageRecord) for _, fields in entries]
+    return [usage_record(fields[b"r"]) for _, fields in entries]
 
 
 def body(**more) -> dict:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from router.core.usage import Usage
 from router.journal_slots import NARROW_BYTES, SEGMENT_BYTES
 from router.usage_journal import Journal, JournalBusy, Opened
-from schemas.wire.events import UsageRecord
+from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.routing import Price
 
 OPENED = Opened(
@@ -37,7 +37,7 @@ def finish(journal: Journal, slot: int | None, output_tokens: int = 3) -> None:
 
 
 def records(journal: Journal) -> list[UsageRecord]:
-    return [msgspec.msgpack.decode(data, type=UsageRecord) for data in journal.unsent(10_000)]
+    return [usage_record(data) for data in journal.unsent(10_000)]
 
 
 def test_a_record_says_who_used_what_and_what_it_cost():

@@ -114,24 +114,6 @@ EVENTS = [
         reports=(events.EngineReport(replica="r", at=1.5),),
     ),
     events.AgentAnswer(replicas={"r": "http://r"}, refused={"s": "of another cluster"}),
-    events.UsageRecord(
-        journal="j",
-        seq=1,
-        id="x",
-        tenant="t",
-        key="k",
-        function="f",
-        revision="9f3c1ab",
-        replica="r",
-        input_tokens=10,
-        cached_tokens=5,
-        output_tokens=3,
-        cost_nano_usd=1_000_000,
-        started_at=1.0,
-        ttft_s=None,
-        duration_s=2.0,
-        outcome="ok",
-    ),
     events.MonthToDate(requests=1, input_tokens=2, cost_nano_usd=3),
     events.RouterHeartbeat(id="a", at=1.0, generation=7, in_flight={"r": 1}, draining=True),
     events.SessionBatch(
@@ -155,6 +137,26 @@ EVENTS = [
         outcome=decisions.Outcome(status=200, outcome="ok", ttft_s=0.5),
     ),
 ]
+
+
+USED = events.UsageRecord(
+    journal="j",
+    seq=1,
+    id="x",
+    tenant="t",
+    key="k",
+    function="f",
+    revision="9f3c1ab",
+    replica="r",
+    input_tokens=10,
+    cached_tokens=5,
+    output_tokens=3,
+    cost_nano_usd=1_000_000,
+    started_at=1.0,
+    ttft_s=None,
+    duration_s=2.0,
+    outcome="ok",
+)
 
 
 @given(tables)
@@ -185,6 +187,36 @@ def test_a_replicas_load_may_grow_at_its_end() -> None:
     assert msgspec.msgpack.decode(data, type=events.ReplicaLoad) == events.ReplicaLoad(
         "r", 1, 2.0, 3.0, 4.0, 5.0, 6.0
     )
+
+
+def test_a_usage_record_is_read_as_it_was_written_and_may_grow_at_its_end() -> None:
+    data = msgspec.msgpack.encode(USED)
+    assert events.usage_record(data) == USED
+    more = [*msgspec.msgpack.decode(data), "of a newer writer"]
+    assert events.usage_record(msgspec.msgpack.encode(more)) == USED
+
+
+def test_a_usage_record_of_an_older_router_has_names() -> None:
+    said = {name: getattr(USED, name) for name in USED.__struct_fields__}
+    assert events.usage_record(msgspec.msgpack.encode(said)) == USED
+    for absent, default in (("version", 1), ("ttft_s", None), ("outcome", "ok"), ("replica", "")):
+        fewer = {name: value for name, value in said.items() if name != absent}
+        expected = msgspec.structs.replace(USED, **{absent: default})
+        assert events.usage_record(msgspec.msgpack.encode(fewer)) == expected
+    for spoilt in ({"seq": "one"}, {"tenant": None}):
+        with pytest.raises(msgspec.DecodeError):
+            events.usage_record(msgspec.msgpack.encode(said | spoilt))
+
+
+@given(st.binary(max_size=64), st.integers(0, 64))
+def test_bytes_that_are_no_usage_record_are_refused(noise: bytes, cut: int) -> None:
+    whole = msgspec.msgpack.encode(USED)
+    for spoilt in (noise, whole[:cut], whole[:cut] + noise):
+        try:
+            found = events.usage_record(spoilt)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            continue
+        assert isinstance(found.seq, int)
 
 
 def sealed_by_hand(payload: Any, *, purpose: str, version: int = 1, extra: Any = ()) -> bytes:
