@@ -121,8 +121,8 @@ class UsageStream:
             while await self._flush(journal):
                 pass
         for journal in [journal for journal in self._adopted if not journal.kept]:
-            self._adopted.remove(journal)
             await self._redis.hdel(redis_keys.USAGE_SENT, journal.name)
+            self._adopted.remove(journal)
             journal.close(remove=True)
 
     async def close(self) -> None:
@@ -137,7 +137,7 @@ class UsageStream:
             )
         self._own.close(remove=not self._own.kept)
         for journal in self._adopted:
-            journal.close()
+            journal.close(remove=not journal.kept)
         self._adopted.clear()
 
     async def _flush(self, journal: Journal) -> bool:
