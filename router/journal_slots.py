@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Final
 
 WIDE_BYTES: Final = 1536
-NARROW_BYTES: Final = 512
+NARROW_BYTES: Final = 256
 SEGMENT_BYTES: Final = 64 * WIDE_BYTES
 HEADER_BYTES: Final = 4096
 KINDS_AT: Final = 128
@@ -26,7 +26,9 @@ MOST_SEGMENTS: Final = 3072
 _FIRST_SEGMENTS: Final = 16
 _WIDE: Final = 0
 """Also of all segments that were made before there were narrow slots."""
-_NARROW: Final = 1
+_NARROW: Final = 2
+_SIZES: Final = (WIDE_BYTES, 512, NARROW_BYTES)
+"""By kind; the second was what narrow slots had before records went without names."""
 
 
 class Slots:
@@ -77,13 +79,13 @@ class Slots:
         (self.narrow if self.is_narrow(slot) else self._wide).append(slot)
 
     def is_narrow(self, slot: int) -> bool:
-        return self._kinds[(slot - HEADER_BYTES) // SEGMENT_BYTES] == _NARROW
+        return self._kinds[(slot - HEADER_BYTES) // SEGMENT_BYTES] != _WIDE
 
     def __iter__(self) -> Iterator[int]:
         """All slots of the file, whether or not they are taken."""
         slot = HEADER_BYTES
         while slot < self._size:
-            size = NARROW_BYTES if self.is_narrow(slot) else WIDE_BYTES
+            size = _SIZES[self._kinds[(slot - HEADER_BYTES) // SEGMENT_BYTES] % len(_SIZES)]
             if slot + size <= self._size:
                 yield slot
             slot += size

@@ -40,8 +40,7 @@ _ACKED_AT: Final = 64
 
 _NONE: Final = -1
 """No slot."""
-_MOST_FRESH: Final = 4096
-"""Records of which a copy is at hand: a megabyte."""
+_MOST_FRESH_BYTES: Final = 1024 * 1024
 _MOST_MISSING: Final = 1_000_000
 """Records in a row; no file has room for so many."""
 
@@ -100,8 +99,9 @@ class Journal:
         self._unsent: deque[int] = deque()
         """Slots of finished records in the order of their numbers, which follow one another: `_NONE`
         for one that could not be read again, and the last is `seq`'s."""
-        self._fresh: list[bytes] | None = []
-        """All that is unsent, while that is little: what is sent soon need not be read from the file."""
+        self._fresh: bytearray | None = bytearray()
+        self._fresh_sizes: list[int] = []
+        """A copy of all that is unsent, while that is little: it need not be read from the file again."""
         self.name = ""
         self.seq = 0
         """The greatest number given out."""
@@ -245,8 +245,9 @@ class Journal:
         self._unsent.append(slot)
         fresh = self._fresh
         if fresh is not None:
-            fresh.append(data)
-            if len(fresh) > _MOST_FRESH:
+            fresh += data
+            self._fresh_sizes.append(size)
+            if len(fresh) > _MOST_FRESH_BYTES:
                 self._fresh = None
 
     def forget(self, slot: int) -> None:
@@ -277,14 +278,16 @@ class Journal:
         """The greatest number that Redis has been given."""
         return self.seq - len(self._unsent)
 
-    def unsent(self, limit: int) -> list[bytes]:
-        """The first records that Redis does not have, from number `newest` + 1 on.
+    def unsent(self, limit: int) -> tuple[list[int], bytes]:
+        """The first records that Redis does not have, from number `newest` + 1 on: sizes, all in a row.
 
-        Empty in the place of one that could not be read again.
+        Of one that could not be read again the size is 0.
         """
         if self._fresh is not None:
-            return self._fresh[:limit]
-        return [self._record(slot) for slot in islice(self._unsent, limit)]
+            sizes = self._fresh_sizes[:limit]
+            return sizes, bytes(self._fresh[: sum(sizes)])
+        records = [self._record(slot) for slot in islice(self._unsent, limit)]
+        return [len(data) for data in records], b"".join(records)
 
     def sent(self, seq: int) -> None:
         """Redis has everything up to this number."""
@@ -328,9 +331,11 @@ class Journal:
     def _left(self, count: int) -> None:
         """So many are unsent no more."""
         if not self._unsent:
-            self._fresh = []
+            self._fresh = bytearray()
+            self._fresh_sizes.clear()
         elif self._fresh is not None and count > 0:
-            del self._fresh[:count]
+            del self._fresh[: sum(self._fresh_sizes[:count])]
+            del self._fresh_sizes[:count]
 
     def _record(self, slot: int) -> bytes:
         if slot == _NONE:

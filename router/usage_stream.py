@@ -144,14 +144,13 @@ class UsageStream:
         """One batch; whether there is more to do at once."""
         if not journal.kept:
             return False
-        batch = journal.unsent(_BATCH)
-        # Two arguments for all: a client of Redis looks at each.
-        sizes = struct.pack(f">{len(batch)}H", *map(len, batch))
+        sizes, batch = journal.unsent(_BATCH)
         word, there, acked = await self._send(
             keys=[redis_keys.USAGE_STREAM, redis_keys.USAGE_SENT, redis_keys.USAGE_ACKED],
             args=[
                 *(journal.name, journal.oldest - 1, _FULL, journal.newest + 1),
-                *(sizes, b"".join(batch)),
+                # Two for all: a client of Redis looks at each argument.
+                *(struct.pack(f">{len(sizes)}H", *sizes), batch),
             ],
         )
         if word == b"lost":
@@ -163,7 +162,7 @@ class UsageStream:
         journal.sent(there)
         journal.acknowledge(acked)
         # What came meanwhile goes with the next batch: sent at once, each would go by itself.
-        return len(batch) == _BATCH
+        return len(sizes) == _BATCH
 
     def _adopt(self) -> None:
         """Takes over the journals of processes that have died."""

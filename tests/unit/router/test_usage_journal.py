@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.core.usage import Usage
-from router.journal_slots import NARROW_BYTES, SEGMENT_BYTES
+from router.journal_slots import HEADER_BYTES, KINDS_AT, NARROW_BYTES, SEGMENT_BYTES
 from router.usage_journal import Journal, JournalBusy, Opened
 from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.routing import Price
@@ -37,7 +38,10 @@ def finish(journal: Journal, slot: int | None, output_tokens: int = 3) -> None:
 
 
 def records(journal: Journal) -> list[UsageRecord]:
-    return [usage_record(data) for data in journal.unsent(10_000)]
+    sizes, data = journal.unsent(10_000)
+    ends = list(accumulate(sizes))
+    assert ends[-1:] in ([], [len(data)])
+    return [usage_record(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
 def test_a_record_says_who_used_what_and_what_it_cost():
@@ -119,13 +123,13 @@ def test_only_what_redis_has_gives_way_where_room_runs_out(tmp_path):
 
 def test_it_grows_with_what_it_holds(tmp_path):
     journal = Journal.create(tmp_path)
-    for count in range(3000):
+    for count in range(10_000):
         finish(journal, None, count)
-    assert [each.output_tokens for each in records(journal)] == list(range(3000))
+    assert [each.output_tokens for each in records(journal)] == list(range(10_000))
     (path,) = tmp_path.iterdir()
     journal.close()
-    assert path.stat().st_size < 5000 * NARROW_BYTES
-    assert len(records(Journal.adopt(path, ended_at=0.0))) == 3000
+    assert path.stat().st_size < 15_000 * NARROW_BYTES
+    assert len(records(Journal.adopt(path, ended_at=0.0))) == 10_000
 
 
 def test_a_journal_of_an_earlier_version_is_read(tmp_path):
@@ -140,10 +144,35 @@ def test_a_journal_of_an_earlier_version_is_read(tmp_path):
     adopted.close()
 
 
+def test_narrow_slots_of_an_earlier_version_are_read(tmp_path):
+    journal = Journal.create(tmp_path)
+    for count in range(300):
+        finish(journal, None, count)
+    written = records(journal)
+    (path,) = tmp_path.iterdir()
+    journal.close()
+    # The same records where slots of 512 bytes had them, 192 a segment.
+    old = bytearray(path.read_bytes())
+    kinds = [at for at in range(KINDS_AT, HEADER_BYTES) if old[at] == 2]
+    assert len(kinds) == 1
+    begins = HEADER_BYTES + (kinds[0] - KINDS_AT) * SEGMENT_BYTES
+    slots = [old[begins + n * NARROW_BYTES :][:NARROW_BYTES] for n in range(300)]
+    other = begins - SEGMENT_BYTES if begins > HEADER_BYTES else begins + SEGMENT_BYTES
+    for number, slot in enumerate(slots):
+        segment, place = (begins, number) if number < 192 else (other, number - 192)
+        at = segment + place * 512
+        old[at : at + 512] = slot.ljust(512, b"\0")
+    old[kinds[0]] = old[KINDS_AT + (other - HEADER_BYTES) // SEGMENT_BYTES] = 1
+    path.write_bytes(old)
+    adopted = Journal.adopt(path, ended_at=110.0)
+    assert records(adopted) == written
+    adopted.close()
+
+
 def test_records_and_streams_find_room_in_one_file(tmp_path):
     journal = Journal.create(tmp_path, max_segments=4)
     streams = [journal.open(OPENED) for _ in range(64)]
-    for count in range(3 * 192):
+    for count in range(3 * 384):
         finish(journal, None, count)
     assert journal.lost == 0
     finish(journal, None)
@@ -152,7 +181,7 @@ def test_records_and_streams_find_room_in_one_file(tmp_path):
     # A record may have the slot of a stream, and what Redis has gives way to either.
     journal.forget(streams.pop())
     finish(journal, None, 1000)
-    journal.sent(3 * 192 + 1)
+    journal.sent(3 * 384 + 1)
     finish(journal, None, 2000)
     assert journal.open(OPENED) >= 0
     assert [r.output_tokens for r in records(journal)] == [2000]
