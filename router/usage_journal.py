@@ -30,9 +30,9 @@ from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.routing import Price
 
 SUFFIX: Final = ".journal"
-_MAGIC: Final = b"detoserve-usage-2"
-_MAGIC_OF_WIDE: Final = b"detoserve-usage-1"
-"""Of journals that were made before there were narrow slots."""
+_MAGIC: Final = b"detoserve-usage-3"
+_READ: Final = frozenset({_MAGIC, b"detoserve-usage-2", b"detoserve-usage-1"})
+"""Journals that were made before records went without names, and before there were narrow slots."""
 _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError)
 _NAME_AT: Final = 32
 _NAME_BYTES: Final = 16
@@ -41,7 +41,7 @@ _ACKED_AT: Final = 64
 _NONE: Final = -1
 """No slot."""
 _MOST_FRESH_BYTES: Final = 1024 * 1024
-_MOST_MISSING: Final = 1_000_000
+_MOST_MISSING: Final = 2_000_000
 """Records in a row; no file has room for so many."""
 
 _FREE: Final = 0
@@ -63,7 +63,7 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 
 class JournalBusy(Exception):
-    """Another process has it open."""
+    """Another process has it open, or only another can read it."""
 
 
 class Opened(msgspec.Struct, array_like=True):
@@ -145,7 +145,7 @@ class Journal:
         """The journal of a process that has died, its open requests finished as they stood.
 
         Raises:
-            JournalBusy: its process lives, or another has adopted it.
+            JournalBusy: its process lives, another has adopted it, or a newer version wrote it.
             OSError: as the disk says.
         """
         file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -154,13 +154,16 @@ class Journal:
             if not os.fstat(file).st_nlink:
                 raise JournalBusy  # noqa: TRY301 - emptied and removed by another in between
             journal = cls(file, path, max_segments=0)
+            magic = journal._map[: len(_MAGIC)]
+            if any(magic) and magic not in _READ:
+                raise JournalBusy  # noqa: TRY301 - of a newer router: for one of its kind to adopt
         except BlockingIOError:
             os.close(file)
             raise JournalBusy from None
         except BaseException:
             os.close(file)
             raise
-        if journal._map[: len(_MAGIC)] in (_MAGIC, _MAGIC_OF_WIDE):
+        if magic in _READ:
             journal.name = journal._map[_NAME_AT : _NAME_AT + _NAME_BYTES].decode("ascii")
             journal._recover(ended_at)
         return journal

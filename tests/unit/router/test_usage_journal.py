@@ -132,13 +132,17 @@ def test_it_grows_with_what_it_holds(tmp_path):
     assert len(records(Journal.adopt(path, ended_at=0.0))) == 10_000
 
 
-def test_a_journal_of_an_earlier_version_is_read(tmp_path):
+def test_a_journal_of_an_earlier_version_is_read_and_of_a_newer_one_kept(tmp_path):
     journal = Journal.create(tmp_path)
     finish(journal, journal.open(OPENED), 5)
     journal.running(journal.open(OPENED), USAGE % 6)
     (path,) = tmp_path.iterdir()
     journal.close()
-    path.write_bytes(path.read_bytes().replace(b"detoserve-usage-2", b"detoserve-usage-1"))
+    written = path.read_bytes()
+    path.write_bytes(written.replace(b"detoserve-usage-3", b"detoserve-usage-9"))
+    with pytest.raises(JournalBusy):  # of a newer version: left for those who can read it
+        Journal.adopt(path, ended_at=110.0)
+    path.write_bytes(written.replace(b"detoserve-usage-3", b"detoserve-usage-1"))
     adopted = Journal.adopt(path, ended_at=110.0)
     assert [(r.seq, r.output_tokens) for r in records(adopted)] == [(1, 5), (2, 6)]
     adopted.close()
