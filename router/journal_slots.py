@@ -83,12 +83,12 @@ class Slots:
 
     def __iter__(self) -> Iterator[int]:
         """All slots of the file, whether or not they are taken."""
-        slot = HEADER_BYTES
-        while slot < self._size:
-            size = _SIZES[self._kinds[(slot - HEADER_BYTES) // SEGMENT_BYTES] % len(_SIZES)]
-            if slot + size <= self._size:
-                yield slot
-            slot += size
+        for begins, kind in zip(
+            range(HEADER_BYTES, self._size, SEGMENT_BYTES), self._kinds, strict=False
+        ):
+            size = _SIZES[kind % len(_SIZES)]
+            ends = min(begins + SEGMENT_BYTES, self._size)
+            yield from range(begins, ends - size + 1, size)
 
     def _grow(self) -> None:
         more = min(self._segments * 2, self._max_segments)

@@ -176,7 +176,7 @@ class Journal:
         slot = self._room(narrow=False)
         if slot is None:
             self.lost += 1
-            return -1
+            return _NONE
         at = slot + _OPENED_AT
         self._map[at : at + len(data)] = data
         # The state goes in last: a slot that is half written is still free.

@@ -26,9 +26,3 @@ def cache_salt(key: bytes, tenant: str, wish: str = "") -> str:
     """
     text = f"{len(tenant)}:{tenant}{wish}".encode("utf-8", "surrogatepass")
     return hmac.digest(key, text, "sha256").hex()[:32]
-
-
-@lru_cache(maxsize=4096)
-def salted_opening(salt: str) -> bytes:
-    """How a JSON object with other members begins once it has this salt."""
-    return b'{"cache_salt":"%b",' % salt.encode()

@@ -14,12 +14,7 @@ from router.conversation import Conversation
 from router.core import errors
 from router.core.errors import Refused
 from router.core.inflate import EncodingInvalid, inflate
-from router.core.isolation import (
-    SALTED_ENGINES,
-    SALTED_OPERATIONS,
-    cache_salt,
-    salted_opening,
-)
+from router.core.isolation import SALTED_ENGINES, SALTED_OPERATIONS, cache_salt
 from router.core.request import BodyInvalid, read_form, read_json
 from router.core.sessions import session_name
 from router.core.snapshot import Candidate, Target
@@ -158,14 +153,6 @@ class Asked(Stage, eq=False):
         if self._metering.stream_options is not None:
             values["stream_options"] = self._metering.stream_options
         salted = function.engine in SALTED_ENGINES and endpoint.operation in SALTED_OPERATIONS
-        if (
-            salted
-            and not values
-            and parsed
-            and "cache_salt" not in parsed
-            and body.startswith(b'{"')
-        ):  # as most come
-            return b"".join((salted_opening(salt), memoryview(body)[1:]))
         if salted or "cache_salt" in parsed or not parsed:
             values["cache_salt"] = b'"%b"' % salt.encode()
         if not values:
