@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Final
 
 WIDE_BYTES: Final = 1536
@@ -27,6 +28,8 @@ _FIRST_SEGMENTS: Final = 16
 _WIDE: Final = 0
 """Also of all segments that were made before there were narrow slots."""
 _NARROW: Final = 2
+_POPULATE_WRITE: Final = 23
+"""MADV_POPULATE_WRITE, of Linux 5.14 and later; `mmap` has no name for it yet."""
 _SIZES: Final = (WIDE_BYTES, 512, NARROW_BYTES)
 """By kind; the second was what narrow slots had before records went without names."""
 
@@ -108,5 +111,8 @@ class Slots:
         kind, size = (_NARROW, NARROW_BYTES) if narrow else (_WIDE, WIDE_BYTES)
         self._kinds[segment] = self.map[KINDS_AT + segment] = kind
         begins = HEADER_BYTES + segment * SEGMENT_BYTES
+        with suppress(OSError):
+            # All its pages in one call: else every sixteenth record would cost a page fault.
+            self.map.madvise(_POPULATE_WRITE, begins, SEGMENT_BYTES)
         slots = range(begins, begins + SEGMENT_BYTES, size)
         (self.narrow if narrow else self._wide).extend(reversed(slots))
