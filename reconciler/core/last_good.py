@@ -92,13 +92,12 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
             problems.append(_not_loaded(objects[key]))
 
     dropped: set[ObjectKey] = set()
-    tolerated: set[ObjectKey] = set()
     users: dict[ObjectKey, list[ObjectKey]] = {}
     while True:
         found = check_references(objects, named_badly)
         told = _named_badly(problems) if dropped or held else set()
         problems += [p for p in found if p.key not in told]
-        bad = sorted((_named_badly(found) & objects.keys()) - tolerated)
+        bad = sorted(_named_badly(found) & objects.keys())
         if not bad:
             break
         if edited := [key for key in bad if _differs(objects[key], known.get(key))]:
@@ -131,14 +130,15 @@ def effective(loaded: Loaded, previous: Objects | None) -> Effective:
                     for need in needs(known[key])
                     if need in known and need not in objects and need not in dropped
                 }
+        elif lacking := [
+            key for key in bad if not all(need in objects for need in needs(objects[key]))
+        ]:
+            for key in lacking:
+                del objects[key]
+                held.discard(key)
+                dropped.add(key)
         else:
-            for key in bad:
-                if all(need in objects for need in needs(objects[key])):
-                    tolerated.add(key)
-                else:
-                    del objects[key]
-                    held.discard(key)
-                    dropped.add(key)
+            break  # `previous` had it so, and all that it names is there
 
     return Effective(
         revision=loaded.revision,

@@ -295,3 +295,13 @@ def test_who_needs_what_does_not_load_is_told_so() -> None:
     loaded = Loaded("r1", "x", by_key(user, local("c")), (problem,), frozenset({"f.yaml"}))
     said = [p.message for p in effective(loaded, None).problems if p.key == user.key]
     assert said[0] == "Function/f does not load; mend it first"
+
+
+def test_of_a_state_that_was_never_valid_nothing_stays_that_names_what_is_dropped():
+    user, other = deployment("a", at="x"), function("g")
+    before = by_key(function("f", routing={"fallbacks": ["gone"]}), user, other)
+    place = external("x", ["g"])
+    result = effective(reading(function("f"), user, other, place), before)
+    assert result.objects == by_key(other, place)
+    assert result.shielded.keys() == {"a"}
+    compile_workloads(result)
