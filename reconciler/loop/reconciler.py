@@ -15,31 +15,30 @@ from math import inf
 
 from reconciler.again import backoff_s
 from reconciler.backends.base import Backend
-from reconciler.core.action import Delete, Effect, Noop, Plan
+from reconciler.core.action import Plan
 from reconciler.core.compile import compile_workloads, places_of, platform_of
-from reconciler.core.config import ObjectKey
 from reconciler.core.last_good import Effective, Objects, effective
 from reconciler.core.observed import Observation, Unknown
 from reconciler.core.placement import Catalogue
-from reconciler.core.plan import Pending, PlanPolicy, parse_confirmation, plan
+from reconciler.core.plan import PlanPolicy, parse_confirmation, plan
 from reconciler.core.price_questions import Question, price_questions
 from reconciler.core.routes import changed_deployments, compile_routes, released
 from reconciler.core.signals import Signals
 from reconciler.core.status import RoutingView, World
 from reconciler.core.steer import Steering, resumed, steer
 from reconciler.core.workload import Desired
-from reconciler.errors import ReconcileError, Stalled, Transient, Waiting
+from reconciler.errors import ReconcileError, Stalled, Transient
+from reconciler.loop.effects import Effects
 from reconciler.loop.ports import Config, Leadership, Prices, Reading, Reverts, Routers, Routes
+from reconciler.loop.revert_task import RevertTask
 from reconciler.loop.state import State, StateFile
 from reconciler.loop.status_task import rfc3339_now
 from reconciler.publish.lease import Held
-from reconciler.publish.revert_branch import Revert
 from schemas.platform import PlatformSpec
 from schemas.wire.routing import RoutingTable
 
 log = logging.getLogger("detoserve.reconciler")
 
-APPLY_AT_ONCE = 16
 OBSERVE_TIMEOUT_S = 30.0
 FETCH_PATIENCE_S = 1.0
 """How long a pass waits for the config repo before it goes on with what is in effect."""
@@ -48,21 +47,8 @@ FETCH_AGAIN_CAP_S = 60.0
 PUBLISH_AGAIN_S = 1.0
 STEER_EVERY_S = 1.0
 """Between passes while load or a roll may change what is wanted."""
-REVERT_AGAIN_S = 30.0
 PRICES_AGAIN_S = 300.0
 PRICES_LAST_S = 24 * 3600.0
-
-
-@dataclass(slots=True)
-class _Failure:
-    """A workload's failed action: not tried again before `until`, unless what is wanted changes."""
-
-    count: int
-    until: float
-    reason: str
-    wanted: object
-    passing: bool = False
-    """It needs no human: the backend asked to wait, or did not answer."""
 
 
 @dataclass(slots=True)
@@ -92,7 +78,6 @@ class Memory:
     """What routes follow from has changed since they were last published."""
     generation: int = 0
     changed_at: dict[str, int] = field(default_factory=dict)
-    failures: dict[str, _Failure] = field(default_factory=dict)
     source_problem: str = ""
     routing_problem: str = ""
     lease: int = 0
@@ -128,10 +113,10 @@ class Reconciler:
         self._on_world = on_world
         self._on_source_problem = on_source_problem
         self._signals = signals or Signals()
-        self._reverts = reverts
+        self._reverts = RevertTask(reverts, self._proposed) if reverts is not None else None
         self._prices = prices
         self._asking: asyncio.Task[None] | None = None
-        self._reverting: dict[str, asyncio.Task[None]] = {}
+        self.effects = Effects(backends, leadership, clock)
         self._clock = clock
         self._now_text = now_text
         self._wake = asyncio.Event()
@@ -181,9 +166,11 @@ class Reconciler:
                 waking.cancel()
         finally:
             stopping.cancel()
-            for task in (self._reading, self._asking, *self._reverting.values()):
+            for task in (self._reading, self._asking):
                 if task is not None:
                     task.cancel()
+            if self._reverts is not None:
+                self._reverts.cancel()
 
     def _pause_s(self) -> float:
         now = self._clock()
@@ -192,10 +179,8 @@ class Reconciler:
             pause = min(pause, STEER_EVERY_S)
         if self.memory.routes_due and self._leadership.held is not None:
             pause = min(pause, PUBLISH_AGAIN_S)
-        for failure in self.memory.failures.values():
-            # What was due in this pass and still stands waits for something else than time.
-            if failure.until > self._planned_at:
-                pause = min(pause, failure.until - now)
+        for due_at in self.effects.due_after(self._planned_at):
+            pause = min(pause, due_at - now)
         return max(0.05, pause)
 
     async def one_pass(self) -> None:
@@ -220,7 +205,7 @@ class Reconciler:
         policy = self._policy(current)
         self._planned_at = self._clock()
         made = plan(memory.desired, observed, policy, self._planned_at)
-        self._forget_failures(made)
+        self.effects.planned(made)
         if made.staying != memory.plan.staying:
             memory.routes_due = True
         memory.plan = made
@@ -231,8 +216,12 @@ class Reconciler:
         if await self._publish(current, observed, lease):
             # Before the first effect: what is killed while it applies must know its own work again.
             self._remember(observed)
-            await self._apply(made)
-            self._propose_reverts(current)
+            if not made.empty:
+                await self.effects.apply(made, memory.desired)
+                self.wake()
+            if self._reverts is not None:
+                canaries = memory.steering.canaries
+                self._reverts.look(canaries, memory.compiled, current.objects)
             await self._release(observed)
         self._tell(observed)
 
@@ -354,51 +343,10 @@ class Reconciler:
             now, {(w.routed_as, w.cluster) for w in memory.desired.workloads.values()}
         )
 
-    def _propose_reverts(self, current: Effective) -> None:
-        """Templates that failed their canary are proposed to be taken back, beside the passes."""
-        for name, canary in self.memory.steering.canaries.items():
-            workload = self.memory.compiled.workloads.get(name)
-            if (
-                self._reverts is None
-                or workload is None
-                or not canary.rejected
-                or canary.revert_branch
-                or canary.stable is None
-                or not canary.stable.revision
-                or not (self._reverting.get(name) is None or self._reverting[name].done())
-            ):
-                continue
-            keys = (
-                ObjectKey("Function", workload.function),
-                ObjectKey("Deployment", workload.deployment),
-            )
-            paths = sorted({current.objects[k].location.path for k in keys if k in current.objects})
-            revert = Revert(
-                workload.deployment,
-                canary.rejected,
-                canary.stable.revision,
-                tuple(paths),
-                canary.why,
-            )
-            self._reverting[name] = asyncio.create_task(self._revert(name, revert))
-
-    async def _revert(self, name: str, revert: Revert) -> None:
-        assert self._reverts is not None
-        while True:
-            try:
-                branch = await self._reverts.propose(revert)
-            except Transient as error:
-                log.warning("%s", error)
-                await asyncio.sleep(REVERT_AGAIN_S)
-                continue
-            except Stalled as error:
-                log.warning("no revert of %s is proposed: %s", revert.deployment, error)
-                branch = f"none: {error}"
-            break
+    def _proposed(self, name: str, template: str, branch: str) -> None:
         steering = self.memory.steering
         canary = steering.canaries.get(name)
-        if canary is not None and canary.rejected == revert.digest:
-            log.info("Deployment/%s: revert on branch %s", revert.deployment, branch)
+        if canary is not None and canary.rejected == template:
             self.memory.steering = replace(
                 steering,
                 canaries={**steering.canaries, name: replace(canary, revert_branch=branch)},
@@ -429,12 +377,7 @@ class Reconciler:
         return tuple(await asyncio.gather(*map(one, self._backends.values())))
 
     def _policy(self, current: Effective) -> PlanPolicy:
-        memory = self.memory
-        for name, failure in list(memory.failures.items()):
-            workload = memory.desired.workloads.get(name)
-            if failure.wanted != workload:
-                del memory.failures[name]
-        head = self._config.head
+        memory, head = self.memory, self._config.head
         return PlanPolicy(
             prune=self.platform().prune,
             known=memory.known,
@@ -442,7 +385,7 @@ class Reconciler:
             parents=head.parents if head else (),
             revision=current.revision,
             rewritten=self._config.rewritten_from is not None,
-            pending={n: Pending(f.until, f.reason) for n, f in memory.failures.items()},
+            pending=self.effects.pending(memory.desired),
         )
 
     async def _publish(
@@ -485,56 +428,6 @@ class Reconciler:
         memory.routes_due = False
         memory.routing_problem = ""
         return True
-
-    async def _apply(self, made: Plan) -> None:
-        if made.empty:
-            return
-        limit = asyncio.Semaphore(APPLY_AT_ONCE)
-
-        async def one(action: Effect) -> None:
-            async with limit:
-                if self._leadership.held is not None:
-                    await self._apply_one(action)
-
-        await asyncio.gather(*map(one, made.effects))
-        self.wake()
-
-    async def _apply_one(self, action: Effect) -> None:
-        memory = self.memory
-        name = action.name
-        wanted = memory.desired.workloads.get(name)
-        backend = self._backends[
-            action.backend if isinstance(action, Delete) else action.workload.backend
-        ]
-        log.info("%s %s: %s", type(action).__name__.lower(), name, action.reason)
-        before = memory.failures.get(name)
-        count = before.count if before else 0
-        try:
-            await backend.apply(action)
-        except Waiting as error:
-            until = self._clock() + error.retry_after_s
-            memory.failures[name] = _Failure(count, until, str(error), wanted, passing=True)
-            return
-        except ReconcileError as error:
-            passing = not isinstance(error, Stalled)
-            reason, base_s = str(error), 1.0 if passing else 30.0
-        except Exception as error:
-            # A defect met by one object must not keep the others from being applied.
-            log.exception("%s: applying failed", name)
-            reason, base_s, passing = f"applying failed: {type(error).__name__}", 30.0, False
-        else:
-            memory.failures.pop(name, None)
-            return
-        pause_s = backoff_s(count + 1, base_s=base_s, cap_s=600.0)
-        log.warning("%s: %s; next try in %.0f s", name, reason, pause_s)
-        until = self._clock() + pause_s
-        memory.failures[name] = _Failure(count + 1, until, reason, wanted, passing)
-
-    def _forget_failures(self, made: Plan) -> None:
-        """What needs no action any more has not failed."""
-        open_ = {a.name for a in made.actions if not isinstance(a, Noop) or a.held}
-        for name in self.memory.failures.keys() - open_:
-            del self.memory.failures[name]
 
     async def _release(self, observed: Sequence[Observation | Unknown]) -> None:
         beats = self._routers.alive()
@@ -586,7 +479,7 @@ class Reconciler:
             routers={name: beat.generation for name, beat in beats.items()},
             changed_at=dict(memory.changed_at),
         )
-        failures = {n: f.reason for n, f in memory.failures.items()}
+        failures = self.effects.failures
         self._on_world(
             World(
                 memory.effective,
@@ -594,8 +487,8 @@ class Reconciler:
                 observed,
                 memory.plan,
                 view,
-                failures,
-                frozenset(n for n, f in memory.failures.items() if f.passing),
+                {n: f.reason for n, f in failures.items()},
+                frozenset(n for n, f in failures.items() if f.passing),
                 memory.source_problem,
                 memory.routing_problem,
                 steering=memory.steering,

@@ -211,12 +211,12 @@ async def test_a_poisoned_object_backs_off_alone(bench: Bench, error: Exception)
     bench.repo.commit({"more.yaml": deployment("more"), "third.yaml": deployment("third")})
     await bench.passes(5)
     assert await bench.running() == {"more--local": 1, "third--local": 1}
-    assert bench.loop.memory.failures["chat--local"].count == 1, "not tried in every pass"
+    assert bench.loop.effects.failures["chat--local"].count == 1, "not tried in every pass"
     status = await bench.write_status()
     assert "Stalled" in conditions(status["status/deployment/chat.yaml"])
     tried = []
     for _ in range(3):
-        failure = bench.loop.memory.failures["chat--local"]
+        failure = bench.loop.effects.failures["chat--local"]
         tried.append(failure.until - bench.clock.now)
         bench.clock.now = failure.until + 0.01
         await bench.passes(1)
@@ -227,7 +227,7 @@ async def test_a_poisoned_object_backs_off_alone(bench: Bench, error: Exception)
     bench.repo.commit({"chat.yaml": function("chat", more="  scaling: {minReplicas: 2}\n")})
     await bench.settle()
     assert (await bench.running())["chat--local"] == 2
-    assert not bench.loop.memory.failures
+    assert not bench.loop.effects.failures
 
 
 async def test_a_failure_that_no_longer_matters_is_forgotten_and_costs_nothing(
@@ -237,11 +237,11 @@ async def test_a_failure_that_no_longer_matters_is_forgotten_and_costs_nothing(
     bench.backend.failures["chat--local"] = NotOurs("not ours")
     bench.repo.commit({"deployments/chat.yaml": None})
     await bench.passes()
-    assert "chat--local" in bench.loop.memory.failures
+    assert "chat--local" in bench.loop.effects.failures
     bench.backend._told.clear()  # gone by itself
     bench.clock.now += 3600
     await bench.passes(1)
-    assert not bench.loop.memory.failures
+    assert not bench.loop.effects.failures
     assert bench.loop._pause_s() > 10
 
 
