@@ -93,11 +93,11 @@ def spliced(body: bytes, values: Mapping[str, bytes], present: Collection[str]) 
     if not values:
         return body
     # As nearly every body comes: nothing to replace, and other members.
-    if values.keys().isdisjoint(present) and body.startswith(b'{"'):
-        first = [b"{"]
+    if body.startswith(b'{"') and values.keys().isdisjoint(present):
+        begins_with = b"{"
         for key, value in values.items():
-            first += (b'"', key.encode(), b'":', value, b",")
-        return b"".join((*first, memoryview(body)[1:]))
+            begins_with += b'"%b":%b,' % (key.encode(), value)
+        return begins_with + memoryview(body)[1:]
     there = [key for key in values if key in present]
     if len(there) < len(values):
         begins = _BEGINS.match(body)

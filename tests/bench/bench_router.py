@@ -1,10 +1,10 @@
-"""What the router costs beside its peers: `python tests/bench/bench_router.py [--rounds 2] [--seconds 3]`.
+"""What the router costs beside its peers: `python tests/bench/bench_router.py [--rounds 3] [--seconds 3]`.
 
 One run, interleaved round by round: our router with one worker and with two, the SGLang router and
 vllm-router from PyPI (each in a virtual environment of its own, kept in $DETOSERVE_TEST_CACHE), and the
 engines alone, all before the same engines that answer at once. CPU is that of a router's whole
 process tree. Prints a Markdown table; a peer that cannot be had is named, and the others go on. Asserts
-nothing. Some four minutes; under three with --rounds 1 --seconds 1.
+nothing. Some eight minutes; under three with --rounds 1 --seconds 1.
 """
 
 from __future__ import annotations
@@ -127,9 +127,19 @@ class Target:
     process: psutil.Process | None = None
     figures: dict[str, list[float]] = field(default_factory=dict)
     errors: int = 0
+    command: str = ""
+    """Of a peer, as one would type it."""
 
     def note(self, figure: str, value: float) -> None:
         self.figures.setdefault(figure, []).append(value)
+
+    def add_to(self, before: dict[str, Target]) -> None:
+        """To what was seen of it in earlier rounds."""
+        known = before.setdefault(self.name, self)
+        if known is not self:
+            known.errors += self.errors
+            for figure, values in self.figures.items():
+                known.figures.setdefault(figure, []).extend(values)
 
     def median(self, figure: str) -> float:
         return statistics.median(self.figures.get(figure, [float("nan")]))
@@ -309,9 +319,53 @@ def table(targets: list[Target]) -> str:
     return "\n".join(lines)
 
 
+def peers(
+    stack: contextlib.ExitStack, folder: Path, engines: list[str], without: list[str]
+) -> Iterator[Target]:
+    """Those that can be had; the others are named."""
+    for name, (package, version) in PEERS.items():
+        if package in without:
+            continue
+        try:
+            program = installed(package, version)
+        except RuntimeError as error:
+            print(f"MISSING: {name} {version} is not measured: {error}", file=sys.stderr)
+            continue
+        port = free_port()
+        flags = peer_flags(package, port, engines)
+        peer = stack.enter_context(process([str(program), *flags], folder / f"{package}.log"))
+        target = Target(name, f"http://127.0.0.1:{port}", process=peer)
+        if not ready(target):
+            said = (folder / f"{package}.log").read_text()[-500:]
+            print(f"MISSING: {name} {version} does not answer: {said}", file=sys.stderr)
+            continue
+        shown = re.sub(r"http\S+( http\S+)*", "URL...", shlex.join(flags))
+        shown = re.sub(r"port [0-9]+", "port PORT", shown)
+        target.command = f"`{package} {shown}` ({version})"
+        yield target
+
+
+def one_round(
+    engines: list[str], seconds: float, without: list[str], before: dict[str, Target]
+) -> None:
+    """Every router started anew: how a process happens to lie in memory is worth some percent."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        targets = [Target("no router", engines[0])]
+        targets.extend(ours(stack, folder, engines, workers) for workers in (1, 2))
+        targets.append(with_tenants(stack, folder, engines))
+        targets.extend(peers(stack, folder, engines, without))
+        for target in targets:
+            load(target, seconds=1)
+        for target in targets:
+            measure(target, seconds)
+    for target in targets:
+        target.add_to(before)
+
+
 def main(rounds: int, seconds: float, without: list[str]) -> None:
-    targets: list[Target] = []
     began = os.getloadavg()[0]
+    seen: dict[str, Target] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines_command = [sys.executable, str(REPO / "tests/bench/instant_engines.py")]
@@ -322,38 +376,14 @@ def main(rounds: int, seconds: float, without: list[str]) -> None:
             )
         )
         engines = json.loads(running.stdout.readline())["urls"]
-        targets.append(Target("no router", engines[0]))
-        targets.extend(ours(stack, folder, engines, workers) for workers in (1, 2))
-        targets.append(with_tenants(stack, folder, engines))
-        commands = []
-        for name, (package, version) in PEERS.items():
-            if package in without:
-                continue
-            try:
-                program = installed(package, version)
-            except RuntimeError as error:
-                print(f"MISSING: {name} {version} is not measured: {error}", file=sys.stderr)
-                continue
-            port = free_port()
-            flags = peer_flags(package, port, engines)
-            peer = stack.enter_context(process([str(program), *flags], folder / f"{package}.log"))
-            target = Target(name, f"http://127.0.0.1:{port}", process=peer)
-            if not ready(target):
-                said = (folder / f"{package}.log").read_text()[-500:]
-                print(f"MISSING: {name} {version} does not answer: {said}", file=sys.stderr)
-                continue
-            targets.append(target)
-            shown = re.sub(r"http\S+( http\S+)*", "URL...", shlex.join(flags))
-            commands.append(f"`{package} {re.sub(r'port [0-9]+', 'port PORT', shown)}` ({version})")
-        for target in targets:
-            load(target, seconds=1)
         for _ in range(rounds):
-            for target in targets:
-                measure(target, seconds)
+            one_round(engines, seconds, without, seen)
+    targets = list(seen.values())
+    commands = ", ".join(target.command for target in targets if target.command)
     print(table(targets))
     print(
-        f"\nMedians of {rounds} rounds; in brackets, the ratio to the SGLang router. Ours with key "
-        f"check and the default policy. Peers: {', '.join(commands) or 'none'}. "
+        f"\nMedians of {rounds} rounds, each with processes of its own; in brackets, the ratio to the "
+        f"SGLang router. Ours with key check and the default policy. Peers: {commands or 'none'}. "
         f"{os.cpu_count()} cores shared by routers, engines and clients; load average {began:.1f} "
         f"before and {os.getloadavg()[0]:.1f} after."
     )
@@ -361,7 +391,7 @@ def main(rounds: int, seconds: float, without: list[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--without", action="append", default=[], help="a peer's package")
     chosen = parser.parse_args()
