@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import aiohttp
 import zmq.asyncio
 
+from agent.ending import together
 from agent.engine_link import EngineLink
 from agent.finding import Address, Finder, FindingFailed, joined
 from agent.outbox import Outbox
@@ -77,9 +78,10 @@ class Agent:
         try:
             async with aiohttp.ClientSession(connector=connector) as session:
                 try:
-                    async with asyncio.TaskGroup() as group:
-                        group.create_task(self._find(session, context))
-                        group.create_task(self._publish())
+                    await together(
+                        asyncio.create_task(self._find(session, context)),
+                        asyncio.create_task(self._publish()),
+                    )
                 finally:
                     await self._leave(list(self._links))
         finally:

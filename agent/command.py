@@ -25,6 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from agent.app import Agent, Directory
+from agent.ending import end
 from agent.finding import Finder, FindingFailed
 from agent.finding.kubernetes_pods import KubernetesPods
 from agent.finding.static import StaticEngines, parse_engine
@@ -260,14 +261,7 @@ async def _serve(settings: _Settings) -> None:
         _print(event="ready", id=settings.agent_id)
         await asyncio.wait({*running, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        # Again and again: redis-py sends by asyncio.wait_for, which up to Python 3.11 forgets a
-        # cancellation that meets the end of what it waits for.
-        ended = {task for task in running if task.done()}
-        while running - ended:
-            for task in running:
-                task.cancel()
-            done, _ = await asyncio.wait(running - ended, timeout=0.2)
-            ended |= done
-        for task in ended:
+        await end(running)
+        for task in running:
             if not task.cancelled():
                 task.result()

@@ -32,6 +32,7 @@ from router.collector import OldGarbage
 from router.decision_metrics import DecisionMetrics
 from router.decisions import DecisionLog, outcome
 from router.downstream.connection import ClientServer
+from router.ending import end
 from router.engine_metrics import EngineMetrics
 from router.engine_watch import EngineWatch, ReportReader
 from router.fleet_secret import derived, fleet_secret
@@ -380,13 +381,7 @@ class Router:
         self.state.draining = True
         if self._server is not None:
             self._server.close()
-        # Again and again: redis-py sends by asyncio.wait_for, which up to Python 3.11 forgets a
-        # cancellation that meets the end of what it waits for.
-        running = set(self._tasks)
-        while running:
-            for task in running:
-                task.cancel()
-            _, running = await asyncio.wait(running, timeout=0.2)
+        await end(self._tasks)
         if self._clients is not None:
             self._clients.close()
             await asyncio.sleep(0)  # connections say that they are lost in the next pass

@@ -35,6 +35,7 @@ from router.core.limits import (
 )
 from router.core.shares import Amounts, Ask, Failing, Share, blocked
 from router.core.snapshot import Principal, Snapshot
+from router.ending import end
 from schemas.wire import redis_keys
 from schemas.wire.routing import Function, Price
 
@@ -403,8 +404,7 @@ class Limiter:
                     self._fly()
         finally:
             if self._hearing is not None:
-                self._hearing.cancel()
-                await asyncio.wait([self._hearing])
+                await end([self._hearing])
                 self._hearing = None
 
     def _forget(self) -> None:

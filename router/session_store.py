@@ -21,6 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.core.sessions import KEY_BYTES, Pins
+from router.ending import together
 from schemas.wire import redis_keys
 from schemas.wire.events import VERSION, SessionBatch, SessionPin
 
@@ -83,10 +84,11 @@ class SessionStore:
         """Tells and hears until cancelled, through everything that can happen to Redis."""
         self._shared = True
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._hear(redis))
-                group.create_task(self._telling(redis))
-                group.create_task(self._sweep())
+            await together(
+                asyncio.create_task(self._hear(redis)),
+                asyncio.create_task(self._telling(redis)),
+                asyncio.create_task(self._sweep()),
+            )
         finally:
             self._shared = False
 

@@ -18,6 +18,7 @@ import msgspec
 from router.channels import Channel
 from router.core.route import States
 from router.core.sharing import Journal, Learn, Peers
+from router.ending import end
 from schemas.wire.events import Event, LoadBatch
 
 _log: Final = logging.getLogger(__name__)
@@ -176,8 +177,4 @@ class Sharing:
             self.alone = True
             if self._timer is not None:
                 self._timer.cancel()
-            left = {*running, *self._briefings}
-            while left:
-                for task in left:
-                    task.cancel()
-                _, left = await asyncio.wait(left, timeout=0.2)
+            await end((*running, *self._briefings))

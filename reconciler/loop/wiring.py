@@ -48,6 +48,7 @@ from schemas.wire.envelope import public_key_hex
 log = logging.getLogger("detoserve.reconciler")
 
 KEEP_CURRENT_PAUSE_S = 0.5
+CANCEL_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,8 +267,12 @@ async def _live(
             await asyncio.wait(writing)
             last_write.set()
             await asyncio.wait({leading})
-            for task in tasks:
-                task.cancel()
+            # Again and again: redis-py sends by asyncio.wait_for, which up to Python 3.11 forgets a
+            # cancellation that meets the end of what it waits for.
+            while left := {task for task in tasks if not task.done()}:
+                for task in left:
+                    task.cancel()
+                await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
 
 
 async def _keep_current(routes: RoutesPublisher, leadership: LeaseLeadership) -> None:

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.channels import Receive
+from router.ending import end
 from schemas.wire import redis_keys
 
 _log: Final = logging.getLogger(__name__)
@@ -51,10 +52,7 @@ class RedisChannel:
         try:
             await self._publish()
         finally:
-            # redis-py may forget a cancellation that meets the end of what it waits for.
-            while not listening.done():
-                listening.cancel()
-                await asyncio.wait({listening}, timeout=0.2)
+            await end([listening])
 
     async def _publish(self) -> None:
         while True:

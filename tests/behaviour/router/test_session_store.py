@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
 from redis.asyncio import Redis
@@ -143,3 +144,50 @@ def test_the_fleet_secret_is_the_same_everywhere_and_of_one_use_each(tmp_path: P
     secret = fleet_secret(given, "ab")
     assert len(derived(secret, "sessions")) == 32
     assert derived(secret, "sessions") != derived(secret, "prompts")
+
+
+class ForgetfulChannel:
+    """What redis-py does under Python 3.11 when a cancellation meets a time-out: it goes on."""
+
+    def __init__(self) -> None:
+        self.listened = asyncio.Event()
+        self.forgot = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def subscribe(self, *_: str) -> None:
+        pass
+
+    async def get_message(self, **_: object) -> None:
+        self.listened.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            if self.forgot:
+                raise
+            self.forgot = True
+
+
+class ForgetfulRedis:
+    def __init__(self) -> None:
+        self.channel = ForgetfulChannel()
+
+    def pubsub(self, **_: object) -> ForgetfulChannel:
+        return self.channel
+
+    async def scan(self, *_: object, **__: object) -> tuple[int, list[bytes]]:
+        return 0, []
+
+
+async def test_it_ends_although_redis_py_forgets_that_it_was_cancelled():
+    redis = ForgetfulRedis()
+    running = asyncio.create_task(SessionStore(10, b"secret").run(redis))
+    await redis.channel.listened.wait()
+    running.cancel()
+    done, _ = await asyncio.wait([running], timeout=20)
+    assert done
+    assert redis.channel.forgot
