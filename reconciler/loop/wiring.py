@@ -24,6 +24,7 @@ from reconciler.backends.local import LocalBackend
 from reconciler.backends.skypilot import ApiSettings, SkyPilotBackend, SkyPilotJobs, SkyPilotPrices
 from reconciler.core.signals import Signals
 from reconciler.core.status import World
+from reconciler.ending import end
 from reconciler.errors import Fenced, Stalled, Transient
 from reconciler.loop.config_reader import GitConfig
 from reconciler.loop.leadership import LeaseLeadership
@@ -48,7 +49,6 @@ from schemas.wire.envelope import public_key_hex
 log = logging.getLogger("detoserve.reconciler")
 
 KEEP_CURRENT_PAUSE_S = 0.5
-CANCEL_AGAIN_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,12 +267,7 @@ async def _live(
             await asyncio.wait(writing)
             last_write.set()
             await asyncio.wait({leading})
-            # Again and again: redis-py sends by asyncio.wait_for, which up to Python 3.11 forgets a
-            # cancellation that meets the end of what it waits for.
-            while left := {task for task in tasks if not task.done()}:
-                for task in left:
-                    task.cancel()
-                await asyncio.wait(left, timeout=CANCEL_AGAIN_S)
+            await end(tasks)
 
 
 async def _keep_current(routes: RoutesPublisher, leadership: LeaseLeadership) -> None:

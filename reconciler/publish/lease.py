@@ -18,6 +18,7 @@ from typing import Final, Protocol, Self
 
 from redis.asyncio import Redis
 
+from reconciler.ending import end
 from reconciler.errors import Fenced, Stalled, Transient, Waiting
 from reconciler.publish.redis_edge import answered
 from schemas.wire.redis_keys import LEASE, LEASE_GENERATION
@@ -239,8 +240,7 @@ class LeaseHolder:
     async def close(self) -> None:
         """Stops renewing and releases; an unreachable Redis is no error here."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end([self._task])
         if self.lost is None:
             self.lost = LeaseLost(f"lease generation {self._lease.generation} was released")
             try:

@@ -8,9 +8,11 @@ from types import ModuleType
 import pytest
 
 from agent import ending as of_agent
+from reconciler import ending as of_reconciler
 from router import ending as of_router
 
-pytestmark = pytest.mark.parametrize("ending", [of_router, of_agent])
+each = pytest.mark.parametrize("ending", [of_router, of_agent, of_reconciler])
+with_parts = pytest.mark.parametrize("ending", [of_router, of_agent])
 
 
 async def forgetful(times: int, began: asyncio.Event | None = None) -> None:
@@ -26,6 +28,7 @@ async def forgetful(times: int, began: asyncio.Event | None = None) -> None:
             times -= 1
 
 
+@each
 async def test_who_forgets_is_told_again(ending: ModuleType) -> None:
     tasks = [asyncio.create_task(forgetful(times)) for times in (0, 1, 3)]
     await asyncio.sleep(0)
@@ -33,6 +36,7 @@ async def test_who_forgets_is_told_again(ending: ModuleType) -> None:
     assert all(task.cancelled() for task in tasks)
 
 
+@each
 async def test_whoever_is_cancelled_while_it_ends_others_ends_them_all_the_same(
     ending: ModuleType,
 ) -> None:
@@ -46,6 +50,7 @@ async def test_whoever_is_cancelled_while_it_ends_others_ends_them_all_the_same(
     assert task.cancelled()
 
 
+@with_parts
 async def test_parts_are_cancelled_with_the_whole_however_forgetful(ending: ModuleType) -> None:
     began = asyncio.Event()
     parts = [asyncio.create_task(forgetful(times, began)) for times in (0, 2)]
@@ -57,6 +62,7 @@ async def test_parts_are_cancelled_with_the_whole_however_forgetful(ending: Modu
     assert all(part.cancelled() for part in parts)
 
 
+@with_parts
 async def test_a_part_that_fails_ends_the_others_and_is_heard_of(ending: ModuleType) -> None:
     async def fails() -> None:
         raise ValueError("broken")
@@ -67,5 +73,6 @@ async def test_a_part_that_fails_ends_the_others_and_is_heard_of(ending: ModuleT
     assert other.cancelled()
 
 
+@with_parts
 async def test_parts_that_end_by_themselves_are_the_end_of_the_whole(ending: ModuleType) -> None:
     await ending.together(*(asyncio.create_task(asyncio.sleep(0)) for _ in range(2)))
