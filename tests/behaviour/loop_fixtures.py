@@ -10,10 +10,12 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from redis.asyncio import Redis
 
+from reconciler.backends.base import Backend
 from reconciler.core.observed import Observation, ObservedWorkload, Phase
 from reconciler.core.signals import Signals
 from reconciler.core.status import World
 from reconciler.loop.config_reader import GitConfig
+from reconciler.loop.ports import Prices
 from reconciler.loop.reconciler import Reconciler
 from reconciler.loop.state import StateFile
 from reconciler.loop.status_task import StatusTask
@@ -83,6 +85,9 @@ class Bench:
         self.repo = GitRepo(folder / "repo")
         self.key = Ed25519PrivateKey.generate()
         self.backend = FakeBackend("local", instant=True)
+        self.backends: dict[str, Backend] = {"local": self.backend}
+        self.prices: Prices | None = None
+        """Both are taken up at the next `start`."""
         self.routers = Heartbeats()
         self.leadership = FixedLeadership()
         self.clock = Clock()
@@ -99,7 +104,7 @@ class Bench:
         self.signals = Signals()
         self.loop = Reconciler(
             config=self.config,
-            backends={"local": self.backend},
+            backends=self.backends,
             routes=self.routes,
             routers=self.routers,
             leadership=self.leadership,
@@ -108,6 +113,7 @@ class Bench:
             on_source_problem=self.source_problems.append,
             signals=self.signals,
             reverts=RevertBranches(state / "revert.git", str(self.repo.path), "main"),
+            prices=self.prices,
             clock=self.clock,
         )
         self.loop.restore()

@@ -97,9 +97,8 @@ async def test_a_deployment_waits_for_prices_and_goes_where_they_say(tmp_path: P
     async with catalogue() as (server, prices), running_bench(tmp_path) as bench:
         server.hung.clear()
         bench.repo.commit(clouds)
-        sky = FakeBackend("skypilot", instant=True)
-        bench.loop._backends = {"skypilot": sky}
-        bench.loop._prices = prices
+        bench.backends, bench.prices = {"skypilot": FakeBackend("skypilot", instant=True)}, prices
+        bench.start()
         await bench.passes(3)
         assert not bench.loop.memory.desired.workloads
         status = await bench.write_status()
@@ -127,8 +126,8 @@ async def test_without_prices_it_goes_to_the_first_all_the_same(tmp_path: Path):
                 "deployments/chat.yaml": deployment("chat", placement="anyOf: [east, any-gcp]"),
             }
         )
-        bench.loop._backends = {"skypilot": FakeBackend("skypilot", instant=True)}
-        bench.loop._prices = prices
+        bench.backends, bench.prices = {"skypilot": FakeBackend("skypilot", instant=True)}, prices
+        bench.start()
 
         async def placed() -> bool:
             await bench.passes(1)

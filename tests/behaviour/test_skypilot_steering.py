@@ -34,7 +34,8 @@ async def sky(folder: Path) -> AsyncIterator[tuple[SkyApiServer, Bench]]:
             ApiSettings(server.url), folder / "sky", "me", notify=lambda: None, pace=PACE
         )
         await backend.start()
-        bench.loop._backends = {"skypilot": backend}
+        bench.backends = {"skypilot": backend}
+        bench.start()
         try:
             yield server, bench
         finally:
