@@ -19,7 +19,7 @@ from schemas import api_keys
 from schemas.wire.envelope import public_key_hex, seal
 from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.redis_keys import ROUTES_CURRENT, ROUTES_GENERATION, USAGE_STREAM
-from schemas.wire.routing import Key, Price, Tenant
+from schemas.wire.routing import Key, Policy, Price, Tenant
 from tests.behaviour.publish_fixtures import running_valkey
 from tests.behaviour.router.harness import (
     KEY,
@@ -283,7 +283,10 @@ async def test_an_attempt_that_was_thrown_away_is_nobodys(tmp_path):
     async with (
         fake_engine(http(usage, "503 Service Unavailable")) as full,
         fake_engine(http(usage.replace(b"99", b"5"))) as good,
-        metered(tmp_path, function(full.url, good.url)) as (router, redis),
+        metered(tmp_path, function(full.url, good.url, policy=Policy(name="round-robin"))) as (
+            router,
+            redis,
+        ),
     ):
         for _ in range(4):
             assert (await ask(router, body()))[0] == 200
