@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter, time
 from typing import Any, Final
 
-import msgspec
-
 from router.core.api import Endpoint
 from router.core.blocks import Prompt, chain_seed, read_prompt, uncached_prompt
 from router.core.engine_reports import EngineReports
@@ -35,14 +33,15 @@ _GROUPS_MAX: Final = 4096
 _CACHED_TASKS: Final = frozenset({"chat", "completions", "responses", "messages"})
 
 
-class Sent(msgspec.Struct, eq=False):
+class Sent:
     """One attempt, counted from before it is sent until it is over, whichever way."""
 
-    _brain: Brain
-    _speeds: Speeds
-    _choice: Choice
-    _prompt: Prompt
-    _ticket: Ticket | None = None
+    def __init__(self, brain: Brain, speeds: Speeds, choice: Choice, prompt: Prompt) -> None:
+        self._brain = brain
+        self._speeds = speeds
+        self._choice = choice
+        self._prompt = prompt
+        self._ticket: Ticket | None = None
 
     @property
     def held(self) -> Held:

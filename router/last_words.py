@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Final
 
 from router.meter import Metered
-from router.upstream.connection import Connection, ResponseHead, UpstreamFailed
+from router.upstream.connection import Connection, ResponseHead
+from router.upstream.failures import UpstreamFailed
 
 LISTENS_S: Final = 0.25
 """Then the connection is cut: some engines do not notice that one half is closed."""

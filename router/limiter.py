@@ -51,14 +51,15 @@ _MOST_ASKS: Final = 64
 _MAX_WAIT_S: Final = 5.0
 
 
-class Admission(msgspec.Struct, eq=False):
+class Admission:
     """A request that was let in. Settle or release it whichever way it ends; the first time counts."""
 
-    _limiter: Limiter
-    _plan: Plan
-    _amounts: Amounts
-    _admitted_at: float
-    _done: bool = False
+    def __init__(self, limiter: Limiter, plan: Plan, amounts: Amounts, admitted_at: float) -> None:
+        self._limiter = limiter
+        self._plan = plan
+        self._amounts = amounts
+        self._admitted_at = admitted_at
+        self._done = False
 
     def settle(self, input_tokens: int, output_tokens: int, nano_usd: int | None = None) -> None:
         """It has ended and used so much; at the function's price where no cost is given."""

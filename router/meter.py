@@ -12,22 +12,19 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
-import msgspec
-
 from router.core.usage import (
-    BYTES_A_TOKEN,
-    NOTHING,
     UNCHANGED,
     BodyReader,
     Metering,
     Reader,
     StreamReader,
-    Usage,
     cost_nano_usd,
     metering,
 )
+from router.core.usage_json import BYTES_A_TOKEN, NOTHING, Usage
+from router.journal_opened import Opened
 from router.records import RequestRecord
-from router.usage_journal import Journal, Opened
+from router.usage_journal import Journal
 from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Function
 
@@ -39,25 +36,38 @@ def _ignore(usage: bytes) -> None:
     del usage
 
 
-class Metered(msgspec.Struct, eq=False):
-    """One request. Exactly one `finish` ends it, whatever becomes of it."""
+class Metered:
+    """One request. Exactly one `finish` ends it, whatever becomes of it.
 
-    _meter: Meter
-    _record: RequestRecord
-    _function: Function
-    _revision: str
-    """Where its price stands."""
-    _task: str
-    _plan: Metering
-    """What the request's body was changed by."""
-    _reader: Reader | None = None
-    _stream: StreamReader | None = None
+    Args:
+        revision: where the function's price stands.
+        plan: what the request's body was changed by.
+    """
+
     known: bool = False
     """Once it has ended: whether there was any word of what was used."""
     nano_usd: int = 0
     """Once it has ended: what it costs."""
+    _stream: StreamReader | None = None
     _slot: int | None = None
     """Taken when there is something to note before the end."""
+
+    def __init__(
+        self,
+        meter: Meter,
+        record: RequestRecord,
+        function: Function,
+        revision: str,
+        task: str,
+        plan: Metering,
+    ) -> None:
+        self._meter = meter
+        self._record = record
+        self._function = function
+        self._revision = revision
+        self._task = task
+        self._plan = plan
+        self._reader: Reader | None = None
 
     def answered(self, status: int, content_type: bytes, *, fixed: bool = False) -> bool:
         """The head of the answer that the client will get; whether its body is to be fed.

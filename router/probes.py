@@ -15,7 +15,8 @@ from typing import Final
 from router.core.health import Failure
 from router.core.snapshot import Candidate
 from router.state import RouterState
-from router.upstream.connection import ResponseHead, UpstreamFailed
+from router.upstream.connection import ResponseHead
+from router.upstream.failures import UpstreamFailed
 
 _TIMEOUT_S: Final = 5.0
 _AT_ONCE: Final = 32

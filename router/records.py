@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
-
-from router.core.usage import Usage
+from router.core.usage_json import Usage
 
 if TYPE_CHECKING:
     from router.tracing import RequestTrace
@@ -19,14 +17,9 @@ Outcome = Literal[
 ]
 
 
-class RequestRecord(msgspec.Struct):
+class RequestRecord:
     """Filled in as the request goes. Times are `perf_counter` seconds."""
 
-    path: str
-    operation: str
-    started: float
-    id: str = ""
-    decision: str = ""
     tenant: str = ""
     key: str = ""
     function: str = ""
@@ -49,3 +42,17 @@ class RequestRecord(msgspec.Struct):
     """Once it is known; None where nothing was sent to an engine."""
     trace: RequestTrace | None = None
     """Its spans, while requests are traced."""
+
+    def __init__(
+        self,
+        path: str,
+        operation: str,
+        started: float,
+        request_id: str = "",
+        decision: str = "",
+    ) -> None:
+        self.path = path
+        self.operation = operation
+        self.started = started
+        self.id = request_id
+        self.decision = decision

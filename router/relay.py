@@ -11,19 +11,14 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Final, Literal, Protocol
 
-import msgspec
-
 from router.core.errors import died_mid_stream
-from router.upstream.connection import Connection, ResponseHead, UpstreamFailed, UpstreamTimeout
+from router.upstream.connection import Connection, ResponseHead
+from router.upstream.failures import ClientGone, UpstreamFailed, UpstreamTimeout
 
 Framing = Literal["length", "chunked", "close", "none"]
 
 _ERROR_EVENT: Final = b"data: " + died_mid_stream().body() + b"\n\n"
 _EVENT_ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
-
-
-class ClientGone(ConnectionError):
-    """The client reads nothing, or is not there any more."""
 
 
 class Owner(Protocol):
@@ -36,17 +31,13 @@ class Owner(Protocol):
         """Nothing more will come. Before `deliver`: nothing has been sent to the client."""
 
 
-class Relay(msgspec.Struct, eq=False):
-    """Receiver of one exchange; a struct for its speed alone. Watch it from when it is made."""
+class Relay:
+    """Receiver of one exchange. Watch it from when it is made.
 
-    _owner: Owner
-    _connection: Connection
-    _between_s: float
-    _stall_s: float
-    patience_s: float
-    """Seconds to the first byte; later what else is waited for."""
-    since: float
-    """`perf_counter` seconds when the engine was last heard of, or the client last read."""
+    `patience_s`: seconds to the first byte; later what else is waited for. `since`: `perf_counter`
+    seconds when the engine was last heard of, or the client last read.
+    """
+
     head: ResponseHead | None = None
     complete: bool = False
     error: Exception | None = None
@@ -54,13 +45,29 @@ class Relay(msgspec.Struct, eq=False):
     sent_bytes: int = 0
     first_body_at: float = 0.0
     """`perf_counter` seconds; 0 while there was none."""
-    _buffered: list[bytes] = []
     _transport: asyncio.Transport | None = None
     _framing: Framing = "length"
     feed: Callable[[bytes, bool], bytes] | None = None
     """Sees the body that is delivered, and says what the client gets of it."""
     _last: bytes = b""
     _paused: bool = False
+
+    def __init__(
+        self,
+        owner: Owner,
+        connection: Connection,
+        between_s: float,
+        stall_s: float,
+        patience_s: float,
+        since: float,
+    ) -> None:
+        self._owner = owner
+        self._connection = connection
+        self._between_s = between_s
+        self._stall_s = stall_s
+        self.patience_s = patience_s
+        self.since = since
+        self._buffered: list[bytes] = []
 
     # Receiver: called by the upstream connection.
 

@@ -13,12 +13,8 @@ from time import perf_counter
 from router.core.snapshot import Candidate, Snapshot
 from router.deadlines import Deadlines
 from router.state import RouterState
-from router.upstream.connection import (
-    Connection,
-    ResponseHead,
-    UpstreamFailed,
-    UpstreamTimeout,
-)
+from router.upstream.connection import Connection, ResponseHead
+from router.upstream.failures import UpstreamFailed, UpstreamTimeout
 from router.upstream.pool import Pool
 from schemas.wire.routing import Policy
 

@@ -29,9 +29,9 @@ from router.core.api import MODEL_PREFIX, OWN, PASSED, stored
 from router.core.snapshot import Candidate
 from router.downstream.request import Request
 from router.records import Outcome, RequestRecord
-from router.relay import ClientGone, Relay
+from router.relay import Relay
 from router.settings import Settings
-from router.upstream.connection import UpstreamFailed, UpstreamTimeout
+from router.upstream.failures import ClientGone, UpstreamFailed, UpstreamTimeout
 
 _log: Final = logging.getLogger(__name__)
 _FLUSH_S: Final = 3.0

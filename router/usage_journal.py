@@ -24,10 +24,11 @@ from typing import Final, Self
 
 import msgspec
 
-from router.core.usage import NOTHING, Usage, cost_nano_usd, running_usage
+from router.core.usage import cost_nano_usd
+from router.core.usage_json import NOTHING, Usage, running_usage
+from router.journal_opened import Opened, read_opened
 from router.journal_slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
 from schemas.wire.events import UsageRecord, usage_record
-from schemas.wire.routing import Price
 
 SUFFIX: Final = ".journal"
 _MAGIC: Final = b"detoserve-usage-3"
@@ -64,22 +65,6 @@ _encode: Final = msgspec.msgpack.Encoder().encode
 
 class JournalBusy(Exception):
     """Another process has it open, or only another can read it."""
-
-
-class Opened(msgspec.Struct, array_like=True):
-    """What is known of a request when it is sent."""
-
-    id: str
-    tenant: str
-    key: str
-    function: str
-    revision: str
-    started_at: float
-    """Unix seconds."""
-    price: Price
-
-
-_decode_opened: Final = msgspec.msgpack.Decoder(Opened).decode
 
 
 class Journal:
@@ -390,7 +375,7 @@ class Journal:
         used = running_usage(self._map[at : at + running_size])
         at = slot + _OPENED_AT
         try:
-            opened = _decode_opened(self._map[at : at + opened_size])
+            opened = read_opened(self._map[at : at + opened_size])
         except _UNREADABLE:
             return None
         return self.record(opened, used or NOTHING, ended_at=ended_at, outcome="router_lost")

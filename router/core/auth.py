@@ -21,7 +21,8 @@ from router.core.snapshot import Principal, Snapshot
 from schemas.api_keys import PREFIX
 
 _PREFIX: Final = PREFIX.encode()
-_ID: Final = slice(len(_PREFIX), len(_PREFIX) + 10)
+_ID_AT: Final = len(_PREFIX)
+_ID_END: Final = _ID_AT + 10
 _NO_KEY: Final = bytes(32)
 
 
@@ -30,7 +31,7 @@ def identify(snapshot: Snapshot, token: bytes) -> Principal | None:
     digest = hashlib.sha256(token).digest()
     found = None
     if token.startswith(_PREFIX):
-        for entry in snapshot.keys_by_id.get(token[_ID].decode("latin-1"), ()):
+        for entry in snapshot.keys_by_id.get(token[_ID_AT:_ID_END].decode("latin-1"), ()):
             if hmac.compare_digest(entry.key.sha256, digest):
                 found = entry
     if found is None:

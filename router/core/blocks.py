@@ -38,14 +38,23 @@ _cut: Final = Struct(f"{BLOCK_BYTES}s").iter_unpack
 _encode: Final = msgspec.json.Encoder(order="sorted").encode
 
 
-class Prompt(msgspec.Struct, frozen=True, gc=False):
-    """What routing knows of a prompt."""
+class Prompt:
+    """What routing knows of a prompt.
 
-    blocks: Sequence[int]
-    """Chained hashes of its whole blocks, 60 bits each; the rest of a block counts for nothing."""
-    tokens: float
-    """An estimate of its length."""
-    block_tokens: float = BLOCK_BYTES / BYTES_PER_TOKEN
+    Args:
+        blocks: chained hashes of its whole blocks, 60 bits each; the rest of a block counts for nothing.
+        tokens: an estimate of its length.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[int],
+        tokens: float,
+        block_tokens: float = BLOCK_BYTES / BYTES_PER_TOKEN,
+    ) -> None:
+        self.blocks = blocks
+        self.tokens = tokens
+        self.block_tokens = block_tokens
 
 
 @lru_cache(maxsize=4096)

@@ -10,8 +10,6 @@ import re
 from collections.abc import Iterable
 from typing import Final, Literal
 
-import msgspec
-
 from router.core.errors import Refusal, bad_request
 from router.core.snapshot import Principal
 
@@ -75,7 +73,7 @@ def _use(name: bytes) -> _Use:
     return use
 
 
-class ClientHeaders(msgspec.Struct):
+class ClientHeaders:
     """What the router read, and what is passed on."""
 
     passed: bytes = b""

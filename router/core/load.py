@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Final, Literal
 
-import msgspec
-
 Phase = Literal["prefill", "decode", "done"]
 
 _IDLE: Final = -inf
@@ -39,14 +37,16 @@ class _Queue:
         self.kv_tokens = 0.0
 
 
-class Ticket(msgspec.Struct, eq=False):
+class Ticket:
     """One request on one replica: what was counted for it, to be given back."""
 
-    _queue: _Queue
-    work_s: float
-    kv_tokens: float
-    sent_at: float
     phase: Phase = "prefill"
+
+    def __init__(self, queue: _Queue, work_s: float, kv_tokens: float, sent_at: float) -> None:
+        self._queue = queue
+        self.work_s = work_s
+        self.kv_tokens = kv_tokens
+        self.sent_at = sent_at
 
     @property
     def slot(self) -> int:

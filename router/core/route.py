@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Final
 
-import msgspec
 from xxhash import xxh64_intdigest
 
 from router.core.blocks import Prompt
@@ -122,18 +121,24 @@ class States:
     trust: Trust = field(default_factory=Trust)
 
 
-class Choice(msgspec.Struct, gc=False):
-    """A decision; what else is needed to explain it is in `Fleet`."""
+class Choice:
+    """A decision; what else is needed to explain it is in `Fleet`.
 
-    position: int
-    """Of the chosen one among the candidates."""
-    slot: int
-    hit_blocks: int
-    """That it is thought to hold of the prompt."""
-    hit_tokens: float
-    """As much of it as has proved true there of late."""
-    held: Held
-    """(tokens, positions that hold so many), deepest first, as they were weighed."""
+    Args:
+        position: of the chosen one among the candidates.
+        hit_blocks: that it is thought to hold of the prompt.
+        hit_tokens: as much of it as has proved true there of late.
+        held: (tokens, positions that hold so many), deepest first, as they were weighed.
+    """
+
+    def __init__(
+        self, position: int, slot: int, hit_blocks: int, hit_tokens: float, held: Held
+    ) -> None:
+        self.position = position
+        self.slot = slot
+        self.hit_blocks = hit_blocks
+        self.hit_tokens = hit_tokens
+        self.held = held
 
 
 def hit_tokens(prompt: Prompt, blocks: int) -> float:

@@ -26,8 +26,6 @@ from array import array
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
-import msgspec
-
 from schemas.wire.routing import Weights
 
 MU_S: Final = 1.0
@@ -58,29 +56,47 @@ class Signals(NamedTuple):
     latency: float
 
 
-class Fleet(msgspec.Struct, gc=False):
-    """The candidates of one request; all sequences are of one length, in one order."""
+class Fleet:
+    """The candidates of one request; all sequences are of one length, in one order.
 
-    rtt_s: Sequence[float]
-    slow: Sequence[float]
-    """At least 1: how much longer prefill takes there just now than its speed says."""
-    factor: Sequence[float]
-    """c: how many times the fleet's prefill time a replica needs, or what it counts as if it is dearer."""
-    p: float
-    """Seconds a token: the fleet's 1/v."""
-    q: float
-    """Seconds a square token: the fleet's 1/(2 a v)."""
-    ready_at: Sequence[float]
-    """When the queued prefill would be done if nothing came; -inf: idle."""
-    floor_s: Sequence[float]
-    """Work behind the prefill that runs: the backlog is never less. 0 where it is idle."""
-    kv_used: Sequence[float]
-    """0 to 1."""
-    requests: Sequence[int]
-    now: float
-    """On the same clock as `ready_at`."""
-    has_slow: bool = True
-    """Whether any of `slow` may be more than 1."""
+    Args:
+        slow: at least 1: how much longer prefill takes there just now than its speed says.
+        factor: c: how many times the fleet's prefill time a replica needs, or what it counts as if it
+            is dearer.
+        p: seconds a token: the fleet's 1/v.
+        q: seconds a square token: the fleet's 1/(2 a v).
+        ready_at: when the queued prefill would be done if nothing came; -inf: idle.
+        floor_s: work behind the prefill that runs: the backlog is never less. 0 where it is idle.
+        kv_used: 0 to 1.
+        now: on the same clock as `ready_at`.
+        has_slow: whether any of `slow` may be more than 1.
+    """
+
+    def __init__(
+        self,
+        rtt_s: Sequence[float],
+        slow: Sequence[float],
+        factor: Sequence[float],
+        p: float,
+        q: float,
+        ready_at: Sequence[float],
+        floor_s: Sequence[float],
+        kv_used: Sequence[float],
+        requests: Sequence[int],
+        now: float,
+        has_slow: bool = True,
+    ) -> None:
+        self.rtt_s = rtt_s
+        self.slow = slow
+        self.factor = factor
+        self.p = p
+        self.q = q
+        self.ready_at = ready_at
+        self.floor_s = floor_s
+        self.kv_used = kv_used
+        self.requests = requests
+        self.now = now
+        self.has_slow = has_slow
 
     def __len__(self) -> int:
         return len(self.rtt_s)

@@ -10,10 +10,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from router.core.usage_json import (
+    VALUE,
+    Said,
+    Usage,
+    as_json,
+    by_text,
+    read_answer,
+    running_usage,
+    said_in,
+    used,
+    value_at,
+)
 from schemas.wire.routing import Price
 
 _RUNNING_USAGE: Final = frozenset({"vllm", "llm-d", "sglang", "dynamo", "simulated"})
@@ -22,10 +34,8 @@ _STREAM_OPTIONS: Final = frozenset({"chat", "completions"})
 """Tasks whose streams tell their usage only when asked; the others always do."""
 
 _NAME: Final = b'"usage":'
-_VALUE: Final = rb"\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
-_value_at: Final = re.compile(_VALUE).match
-_AFTER_OTHERS: Final = re.compile(rb',\s*"usage":' + _VALUE)
-_BEFORE_OTHERS: Final = re.compile(rb'"usage":' + _VALUE + rb"\s*,\s*")
+_AFTER_OTHERS: Final = re.compile(rb',\s*"usage":' + VALUE)
+_BEFORE_OTHERS: Final = re.compile(rb'"usage":' + VALUE + rb"\s*,\s*")
 _NO_CHOICES: Final = re.compile(rb'"choices":\s*\[\s*\]')
 _EVENT: Final = re.compile(rb"(?:\n\n|\r\n\r\n|\r\r)")
 _ENDS: Final = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -39,24 +49,9 @@ _TEXT_EVENTS: Final = {
 }
 """Task -> what stands once in every event that brings text, which is a token or more."""
 _NO_MARK: Final = b"\0"
-BYTES_A_TOKEN: Final = 4.0
-"""Of common text: where no engine counted."""
 _TAIL_BYTES: Final = 64 * 1024
 _WHOLE_BYTES: Final = 1024 * 1024
 """A body up to this size is read as a whole for its usage, a larger one by its tail."""
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached_tokens` are among `input_tokens`."""
-
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    estimated: bool = False
-    """The engine did not say: counted by the router, by events and bytes."""
-
-
-NOTHING: Final = Usage()
 
 
 def cost_nano_usd(price: Price, usage: Usage) -> int:
@@ -68,107 +63,6 @@ def cost_nano_usd(price: Price, usage: Usage) -> int:
         1000 * (fresh * price.input + usage.cached_tokens * cached)
         + 1000 * usage.output_tokens * price.output
     )
-
-
-# What engines write.
-
-_Tokens = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: _Tokens | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: _Tokens | None = None
-    completion_tokens: _Tokens | None = None
-    prompt_tokens_details: _Details | None = None
-    # Responses and Messages
-    input_tokens: _Tokens | None = None
-    output_tokens: _Tokens | None = None
-    input_tokens_details: _Details | None = None
-    # Messages: besides input_tokens, not among them
-    cache_read_input_tokens: _Tokens | None = None
-    cache_creation_input_tokens: _Tokens | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Text(msgspec.Struct):
-    message: _Message | None = None
-    text: str | None = None
-
-
-class _Texts(msgspec.Struct):
-    choices: list[_Text]
-
-
-class _Inner(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-class _Answer(msgspec.Struct):
-    """A body, or the data of an event."""
-
-    usage: _Usage | None = None
-    choices: list[_Choice] | None = None
-    response: _Inner | None = None
-    message: _Inner | None = None
-
-
-_decode: Final = msgspec.json.Decoder(_Answer).decode
-_decode_usage: Final = msgspec.json.Decoder(_Usage | None).decode
-
-
-def _usage(said: _Usage) -> Usage:
-    details = said.prompt_tokens_details or said.input_tokens_details
-    if said.prompt_tokens is not None or said.completion_tokens is not None:
-        total = said.prompt_tokens or 0
-        cached = (details.cached_tokens if details else None) or 0
-    else:
-        cached = (details.cached_tokens if details else None) or 0
-        beside = said.cache_read_input_tokens or 0
-        total = (said.input_tokens or 0) + beside + (said.cache_creation_input_tokens or 0)
-        cached += beside
-    output = said.completion_tokens or said.output_tokens or 0
-    return Usage(total, min(cached, total), output)
-
-
-def as_json(usage: Usage) -> bytes:
-    """As engines write it."""
-    return b'{"prompt_tokens":%d,"completion_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}' % (
-        usage.input_tokens, usage.output_tokens, usage.cached_tokens,
-    )  # fmt: skip
-
-
-def running_usage(value: bytes) -> Usage | None:
-    """What the JSON of one `usage` says, whatever follows it; None where it says nothing."""
-    found = _value_at(value)
-    try:
-        said = _decode_usage(found.group() if found else value)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    return None if said is None else _usage(said)
-
-
-def _read(data: bytes) -> _Answer | None:
-    try:
-        return _decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-
-
-def _said(answer: _Answer) -> _Usage | None:
-    if answer.usage is not None:
-        return answer.usage
-    inner = answer.response or answer.message
-    return None if inner is None else inner.usage
 
 
 def _data(event: bytes) -> bytes:
@@ -191,12 +85,13 @@ class Reader(Protocol):
         ...
 
 
-class BodyReader(msgspec.Struct, eq=False):
+class BodyReader:
     """An answer that is one JSON document: passed on as it is, and read at its end."""
 
-    _parts: list[bytes] = []
-    _size: int = 0
-    _over: bool = False
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._over = False
 
     def feed(self, data: bytes, last: bool = False) -> bytes:  # noqa: ARG002 - as Reader
         self._parts.append(data)
@@ -211,24 +106,13 @@ class BodyReader(msgspec.Struct, eq=False):
         parts = self._parts
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         if not self._over:
-            answer = _read(body)
-            said = _said(answer) if answer is not None else None
-            return _by_text(body) if said is None else _usage(said)
+            answer = read_answer(body)
+            said = said_in(answer) if answer is not None else None
+            return by_text(body) if said is None else used(said)
         # No string of JSON holds this name with its quotes, so the last one is a key.
         at = body.rfind(_NAME)
-        value = _value_at(body, at + len(_NAME)) if at >= 0 else None
+        value = value_at(body, at + len(_NAME)) if at >= 0 else None
         return None if value is None else running_usage(value.group())
-
-
-def _by_text(body: bytes) -> Usage | None:
-    """Of an answer whose engine tells no usage: by its text, with the prompt not counted."""
-    try:
-        choices = msgspec.json.decode(body, type=_Texts).choices
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    said = [c.text or (c.message.content if c.message else None) or "" for c in choices]
-    size_bytes = sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
-    return Usage(0, 0, int(size_bytes / BYTES_A_TOKEN), estimated=True)
 
 
 class StreamReader:
@@ -369,28 +253,28 @@ class StreamReader:
         return b"".join(out)
 
     def _note_choice(self, event: bytes) -> None:
-        answer = _read(_data(event))
+        answer = read_answer(_data(event))
         if answer is None or answer.usage is None:
             return
         self._last = event
         if not answer.choices:  # the final word, of all of them
-            self._by_choice = {-1: _usage(answer.usage)}
+            self._by_choice = {-1: used(answer.usage)}
         elif -1 not in self._by_choice:
-            self._by_choice[answer.choices[0].index] = _usage(answer.usage)
+            self._by_choice[answer.choices[0].index] = used(answer.usage)
         self.note(as_json(self._sum()))
 
     def used(self) -> Usage | None:
         if self._by_choice:
             return self._sum()
-        said = _said_in(self._last)
+        said = _last_word(self._last)
         if said is None:
             return Usage(0, 0, self._shown, estimated=True) if self._shown > 0 else None
-        found = _usage(said)
+        found = used(said)
         if not found.input_tokens and self._first is not self._last:
             # Messages may tell the prompt's tokens at the beginning alone.
-            begun = _said_in(self._first)
+            begun = _last_word(self._first)
             if begun is not None:
-                first = _usage(begun)
+                first = used(begun)
                 found = Usage(first.input_tokens, first.cached_tokens, found.output_tokens)
         return found
 
@@ -410,9 +294,9 @@ def _tells(event: bytes) -> bool:
     return event[event.rfind(_NAME) + len(_NAME) :].lstrip().startswith(b"{")
 
 
-def _said_in(event: bytes) -> _Usage | None:
-    answer = _read(_data(event.strip())) if event else None
-    return None if answer is None else _said(answer)
+def _last_word(event: bytes) -> Said | None:
+    answer = read_answer(_data(event.strip())) if event else None
+    return None if answer is None else said_in(answer)
 
 
 class Metering(NamedTuple):

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from math import inf
 from time import perf_counter
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import httptools
 
@@ -120,7 +120,7 @@ class ClientConnection(asyncio.Protocol):
         self.write_paused = False
         self.since = perf_counter()
         self.patience_s = server.keepalive_s
-        self._parser = httptools.HttpRequestParser(self)
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._request: Request | None = None
         """Being read."""
         self._same_head: SameHead | None = None
@@ -155,9 +155,7 @@ class ClientConnection(asyncio.Protocol):
         self._deaf = True
         self._server.connections.discard(self)
         self._server.deadlines.forget(self)
-        del (
-            self._parser
-        )  # it holds this object's methods: a cycle that only the collector would end
+        self._parser = None  # it holds this object: a cycle that only the collector would end
         self._complete.clear()
         self._ahead.clear()
         ongoing, self.ongoing = self.ongoing, None
@@ -265,9 +263,9 @@ class ClientConnection(asyncio.Protocol):
     # What llhttp calls.
 
     def on_message_begin(self) -> None:
-        self._request = Request()
+        self._headers = []
+        self._request = Request(self._headers)
         self._request.transport = self.transport
-        self._headers = self._request.headers
         self._head_read = self._looked_at = False
         self._target = b""
         self._body_bytes = 0

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from asyncio import BaseTransport
 
-import msgspec
-
 from router.core.headers import ClientHeaders
 
 
-class Request(msgspec.Struct, gc=False, eq=False):
+class Request:
     """Head and body. The body is complete when the request is handed on."""
 
     transport: BaseTransport | None = None
@@ -22,7 +20,6 @@ class Request(msgspec.Struct, gc=False, eq=False):
     """As the client wrote it: path and query."""
     path: str = ""
     """Without the query."""
-    headers: list[tuple[bytes, bytes]] = []
     body: bytes = b""
     too_large: bool = False
     """More than may be read was sent, and thrown away."""
@@ -32,6 +29,21 @@ class Request(msgspec.Struct, gc=False, eq=False):
     """HTTP/1.1: the answer may come in chunks."""
     read: ClientHeaders | None = None
     """What its headers say, once somebody has read them."""
+
+    def __init__(self, headers: list[tuple[bytes, bytes]]) -> None:
+        self.headers = headers
+
+    def again(self, body: bytes) -> Request:
+        """Another with this head."""
+        other = Request(self.headers)
+        other.method = self.method
+        other.target = self.target
+        other.path = self.path
+        other.body = body
+        other.keep_alive = self.keep_alive
+        other.modern = self.modern
+        other.read = self.read
+        return other
 
     @property
     def address(self) -> str:

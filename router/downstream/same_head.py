@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Final, Self
 
-from msgspec.structs import replace
-
 from router.downstream.request import Request
 
 _MOST_DIGITS: Final = 10
@@ -46,7 +44,8 @@ class SameHead:
         if at < 0 or not value.isdigit() or int(value) != len(request.body):
             return None
         digits_at = at + len(line) - 2 - len(value)
-        kept = replace(request, transport=None, body=b"")  # which would stay in memory otherwise
+        # Not the request itself: its body would stay in memory.
+        kept = request.again(b"")
         return cls(data[:digits_at], data[digits_at + len(value) : head_end], kept)
 
     def again(self, data: bytes, max_body_bytes: int) -> Request | None:
@@ -64,17 +63,7 @@ class SameHead:
         body = data[digits_end + len(self._after) :]
         if len(body) != int(digits) or len(body) > max_body_bytes:
             return None
-        known = self._request
-        return Request(
-            method=known.method,
-            target=known.target,
-            path=known.path,
-            headers=known.headers,
-            body=body,
-            keep_alive=known.keep_alive,
-            modern=True,
-            read=known.read,
-        )
+        return self._request.again(body)
 
 
 class KnownHeads:

@@ -20,7 +20,7 @@ from router.limiter import Admission
 from schemas.wire.routing import Function
 
 
-class Admitted(Asked, eq=False):
+class Admitted(Asked):
     """Under its limits, and in its queue."""
 
     def _enter(self) -> None:

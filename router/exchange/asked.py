@@ -28,7 +28,7 @@ _ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
 _json: Final = msgspec.json.Encoder().encode
 
 
-class Asked(Stage, eq=False):
+class Asked(Stage):
     """Who asks for what."""
 
     def _read(self) -> None:

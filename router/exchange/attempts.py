@@ -17,13 +17,8 @@ from router.core.retries import is_retryable
 from router.core.snapshot import Candidate
 from router.exchange.chosen import Chosen
 from router.relay import Relay
-from router.upstream.connection import (
-    ConnectFailed,
-    Connection,
-    ResponseHead,
-    UpstreamFailed,
-    UpstreamTimeout,
-)
+from router.upstream.connection import Connection, ResponseHead
+from router.upstream.failures import ConnectFailed, UpstreamFailed, UpstreamTimeout
 from router.upstream.pool import Pool
 
 _log: Final = logging.getLogger(__name__)
@@ -33,7 +28,7 @@ _REST_S: Final = 0.25
 """How long a replica is spared that is full and does not say for how long."""
 
 
-class Attempts(Chosen, eq=False):
+class Attempts(Chosen):
     """On its way to an engine. The relay calls `answered` and `ended`."""
 
     def _start(self) -> None:

@@ -19,7 +19,7 @@ from router.core.snapshot import Candidate
 from router.exchange.admitted import Admitted
 
 
-class Chosen(Admitted, eq=False):
+class Chosen(Admitted):
     """A replica for an attempt."""
 
     def _choose(self) -> tuple[Candidate, Sent | None] | None:

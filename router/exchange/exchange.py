@@ -15,17 +15,14 @@ from router.downstream.connection import where
 from router.exchange.attempts import Attempts
 from router.meter import Metered
 from router.relay import Framing, Relay
-from router.upstream.connection import (
-    ResponseHead,
-    UpstreamFailed,
-    UpstreamTimeout,
-)
+from router.upstream.connection import ResponseHead
+from router.upstream.failures import UpstreamFailed, UpstreamTimeout
 
 _log: Final = logging.getLogger(__name__)
 _EVENTS: Final = b"text/event-stream"
 
 
-class Exchange(Attempts, eq=False):
+class Exchange(Attempts):
     """A request and its answer. `begin` starts it; the client's connection is told of its end."""
 
     # The client's side.

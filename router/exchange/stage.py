@@ -6,11 +6,10 @@ Not here: what any of them does.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
-
-import msgspec
 
 from router.brain import Sent
 from router.conversation import Conversation
@@ -32,38 +31,44 @@ from router.queue import Place
 from router.records import RequestRecord
 from router.relay import Relay
 from router.state import FunctionState, RouterState
-from router.upstream.connection import (
-    Connection,
-    ResponseHead,
-)
+from router.upstream.connection import Connection, ResponseHead
 from router.upstream.pool import Pool
 from schemas.wire.routing import Function
 
 _UNPARSED: Final[Mapping[str, Any]] = MappingProxyType({})
-_LATER: Final[Any] = None
-"""Set before it is read."""
 
 
-class Stage(msgspec.Struct, eq=False):
+class Stage(ABC):
     """A request and its answer, as far as the stages below have brought it.
 
-    A struct for its speed alone: one is made for every request.
+    What has no value here is set by a stage before another reads it.
     """
 
-    _proxy: Proxy
-    _state: RouterState
-    _request: Request
-    _client: ClientConnection
-    _endpoint: Endpoint
-    record: RequestRecord
     _over: bool = False
 
+    def __init__(
+        self,
+        proxy: Proxy,
+        state: RouterState,
+        request: Request,
+        client: ClientConnection,
+        endpoint: Endpoint,
+        record: RequestRecord,
+    ) -> None:
+        self._proxy = proxy
+        self._state = state
+        self._request = request
+        self._client = client
+        self._endpoint = endpoint
+        self.record = record
+        self._parsed = _UNPARSED
+
     # Who asks for what:
-    _snapshot: Snapshot = _LATER
-    _headers: ClientHeaders = _LATER
-    _principal: Principal = _LATER
+    _snapshot: Snapshot
+    _headers: ClientHeaders
+    _principal: Principal
     _body: bytes = b""
-    _parsed: Mapping[str, Any] = _UNPARSED
+    _parsed: Mapping[str, Any]
     _model: str | None = None
     _span: tuple[int, int] | None = None
     """Where the model's name stands in a form."""
@@ -78,8 +83,8 @@ class Stage(msgspec.Struct, eq=False):
     _settled: bool = False
 
     # Of the function that is asked:
-    _function: Function = _LATER
-    _counts: FunctionState = _LATER
+    _function: Function
+    _counts: FunctionState
     _admission: Admission | None = None
     """Under limits, where there are any."""
     _place: Place | None = None
@@ -96,7 +101,7 @@ class Stage(msgspec.Struct, eq=False):
     _task: asyncio.Task[None] | None = None
 
     # Of the running attempt:
-    _candidate: Candidate = _LATER
+    _candidate: Candidate
     _seen: Seen | None = None
     """What it was chosen from, where that is recorded and not yet noted."""
     _sent: Sent | None = None
@@ -111,41 +116,41 @@ class Stage(msgspec.Struct, eq=False):
 
     # What later stages do.
 
+    @abstractmethod
     def _enter(self) -> None:
         """Takes what it needs of the limits that it stands under, and goes on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _start(self) -> None:
         """Begins the first attempt with this function, or waits for room."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _choose(self) -> tuple[Candidate, Sent | None] | None:
         """A replica for one attempt, and how to count it where the policy weighs what it holds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _attempt(self, candidate: Candidate, sent: Sent | None) -> None:
         """Counts it, and sends the request to one replica."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _deliver(self, relay: Relay, head: ResponseHead) -> None:
         """Passes the answer on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _broke_off(self, error: Exception) -> None:
         """After some of the answer was sent: it cannot be made good."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _refuse(self, refusal: Refusal) -> None:
         """Another function answers instead, or the router itself does."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fail(self, error: BaseException) -> None:
         """A defect of the router's own ends this request and no other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self, *, keep: bool | None) -> None:
         """However it ended: gives back everything, once."""
-        raise NotImplementedError
 
     # What has to wait.
 

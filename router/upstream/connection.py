@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Final, Literal, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import httptools
-import msgspec
+
+from router.upstream.failures import UpstreamFailed
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 _JOIN_BYTES: Final = 64 * 1024
@@ -45,46 +46,26 @@ _HOP_BY_HOP: Final = frozenset(
 )
 
 
-class UpstreamFailed(ConnectionError):
-    """The exchange ended before the answer did. `began`: some of the answer had arrived."""
+class ResponseHead:
+    """An answer's head, with what the router must not pass on already left out.
 
-    def __init__(self, message: str, *, began: bool, stale: bool = False) -> None:
-        super().__init__(message)
-        self.began = began
-        self.stale = stale
-        """A reused connection closed without a byte: the engine's keep-alive had run out."""
-
-
-class ConnectFailed(UpstreamFailed):
-    """No connection could be opened: nothing was sent."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, began=False)
-
-
-class UpstreamTimeout(UpstreamFailed):
-    """A deadline passed. `phase`: connect, first-byte or between-chunks."""
+    `headers`: `name: value` lines, each with its line end. `length`: of the body; None when it is
+    chunked or ends with the connection.
+    """
 
     def __init__(
-        self, phase: Literal["connect", "first-byte", "between-chunks"], waited_s: float
+        self,
+        status: int,
+        headers: bytes,
+        content_type: bytes,
+        retry_after: bytes | None,
+        length: int | None,
     ) -> None:
-        super().__init__(
-            f"{phase} deadline of {waited_s:g} s passed", began=phase == "between-chunks"
-        )
-        self.phase = phase
-        self.waited_s = waited_s
-
-
-class ResponseHead(msgspec.Struct, frozen=True, gc=False):
-    """An answer's head, with what the router must not pass on already left out."""
-
-    status: int
-    headers: bytes
-    """`name: value` lines, each with its line end."""
-    content_type: bytes
-    retry_after: bytes | None
-    length: int | None
-    """Of the body; None when it is chunked or ends with the connection."""
+        self.status = status
+        self.headers = headers
+        self.content_type = content_type
+        self.retry_after = retry_after
+        self.length = length
 
 
 class Receiver(Protocol):
@@ -142,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         """Set it to get each whole chunk that comes alone: its bytes, and the same with their framing.
 
         Its receiver gets all others. Goes with the exchange."""
-        self._parser = httptools.HttpResponseParser(self)
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._begin()
 
     def _begin(self) -> None:
@@ -215,9 +196,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
         self.reusable = False
-        del (
-            self._parser
-        )  # it holds this object's methods: a cycle that only the collector would end
+        self._parser = None  # it holds this object: a cycle that only the collector would end
         receiver = self._receiver
         if receiver is None:
             return

@@ -14,11 +14,8 @@ from socket import SOCK_STREAM
 
 from router.core.endpoint_check import all_allowed
 from router.core.snapshot import Candidate
-from router.upstream.connection import ConnectFailed, Connection, UpstreamTimeout
-
-
-class EndpointForbidden(ConnectFailed):
-    """The endpoint's name resolves to an address that its cluster does not allow."""
+from router.upstream.connection import Connection
+from router.upstream.failures import ConnectFailed, EndpointForbidden, UpstreamTimeout
 
 
 @cache

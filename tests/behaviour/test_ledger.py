@@ -18,8 +18,9 @@ from reconciler.loop.ledger_task import LedgerTask
 from reconciler.publish.ledger_file import open_document
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.usage_source import UsageSource
-from router.core.usage import Usage
-from router.usage_journal import Journal, Opened
+from router.core.usage_json import Usage
+from router.journal_opened import Opened
+from router.usage_journal import Journal
 from router.usage_stream import UsageStream
 from schemas.wire.envelope import public_key_hex
 from schemas.wire.events import MonthToDate

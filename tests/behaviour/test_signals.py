@@ -14,7 +14,7 @@ from reconciler.core.signals import Signals as Heard
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.signals import SignalsWatch
 from reconciler.publish.valkey import EmbeddedValkey
-from router.core.usage import Usage
+from router.core.usage_json import Usage
 from router.records import Outcome, RequestRecord
 from router.signals import Signals
 from router.state import RouterState
@@ -59,7 +59,8 @@ def ended(
     replica: str, outcome: Outcome = "ok", *, ttft_s: float = 0.0, usage: Usage | None = None
 ) -> RequestRecord:
     """What a request that was sent there leaves."""
-    record = RequestRecord("/v1/chat/completions", "chat", 100.0, function="f", replica=replica)
+    record = RequestRecord("/v1/chat/completions", "chat", 100.0)
+    record.function, record.replica = "f", replica
     record.outcome = outcome
     record.usage = usage
     record.first_body = 100.0 + ttft_s if ttft_s else 0.0

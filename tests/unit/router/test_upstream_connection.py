@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from router.upstream.connection import Connection, ResponseHead, UpstreamFailed
+from router.upstream.connection import Connection, ResponseHead
+from router.upstream.failures import UpstreamFailed
 from tests.silent_transport import SilentTransport
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -7,7 +7,6 @@ from math import inf
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from router.core.score import (
     MANY,
@@ -121,8 +120,9 @@ def many(fleet, held):
     size = len(fleet)
     more = [(h, tuple(i + size * turn for turn in range(times) for i in at)) for h, at in held]
     requests_ = list(fleet.requests) * times
-    one_by_one = replace(fleet, **columns, requests=requests_)
-    by_column = replace(one_by_one, **{n: array("d", c) for n, c in columns.items()})
+    same = {"p": fleet.p, "q": fleet.q, "requests": requests_, "now": fleet.now}
+    one_by_one = Fleet(**columns, **same)
+    by_column = Fleet(**{n: array("d", c) for n, c in columns.items()}, **same)
     return one_by_one, by_column, more
 
 

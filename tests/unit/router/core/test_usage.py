@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from router.core.usage import (
     BodyReader,
     StreamReader,
-    Usage,
     cost_nano_usd,
     metering,
-    running_usage,
 )
+from router.core.usage_json import Usage, running_usage
 from schemas.wire.routing import Price
 
 DONE = b"data: [DONE]\n\n"
