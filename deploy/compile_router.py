@@ -1,0 +1,154 @@
+"""Compiles the router's hot modules with mypyc: the same source, in less than half the time.
+
+    python deploy/compile_router.py            beside the sources, for tests and benchmarks here
+    python deploy/compile_router.py --remove   takes that away again
+
+As a build hook it does so for every wheel, and so for whoever installs from a checkout; it takes some
+forty seconds and a C compiler. Where there is none, or with DETOSERVE_COMPILE=0, the wheel has the
+sources alone, which do the same; with DETOSERVE_COMPILE=1 it is an error instead. An editable
+install stays as it is written. Not here: which rules the modules keep to be compiled (ARCHITECTURE.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by hand
+    BuildHookInterface = object  # type: ignore[assignment,misc]
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+GROUP: Final = "detoserve_router"
+"""The library that all modules share is `detoserve_router__mypyc`."""
+HOT: Final = ("router/core", "router/exchange", "router/downstream", "router/upstream")
+HOT_FILES: Final = (
+    "brain", "conversation", "deadlines", "decisions", "in_flight", "journal_slots", "limiter",
+    "meter", "proxy", "queue", "records", "relay", "server", "sharing", "signals", "state",
+    "usage_journal",
+)  # fmt: skip
+INTERPRETED: Final = frozenset(
+    {
+        # msgspec reads the annotations of what it decodes while the program runs.
+        "router/core/usage_json.py",
+        "router/core/request.py",
+        "router/core/leases.py",
+        # Exceptions of kinds that mypyc cannot make.
+        "router/upstream/failures.py",
+        # Seldom used, or by people.
+        "router/core/agent_auth.py",
+        "router/core/engine_reports.py",
+        "router/core/errors.py",
+        "router/core/inflate.py",
+        "router/core/record.py",
+        "router/core/replay.py",
+        "router/core/rescore.py",
+    }
+)
+_MYPY: Final = """\
+[mypy]
+ignore_missing_imports = True
+follow_imports = silent
+disable_error_code = no-any-return, misc, import-untyped, untyped-decorator
+"""
+
+
+def modules() -> list[str]:
+    """Paths of what is compiled, from the checkout's root."""
+    found = [f"router/{name}.py" for name in HOT_FILES]
+    for folder in HOT:
+        found += [str(path.relative_to(ROOT)) for path in (ROOT / folder).glob("*.py")]
+    return sorted(f for f in found if f not in INTERPRETED and not f.endswith("__init__.py"))
+
+
+def build(into: Path) -> None:
+    """Compiles and links into this folder. In a process of its own: mypyc ends it when something is wrong."""
+    from mypyc.build import mypycify  # noqa: PLC0415 - only where something is built
+    from pybind11.setup_helpers import ParallelCompile  # noqa: PLC0415
+    from setuptools import Distribution  # noqa: PLC0415
+    from setuptools.command.build_ext import build_ext  # noqa: PLC0415
+
+    os.chdir(ROOT)
+    ParallelCompile().install()
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch, "mypy.ini")
+        config.write_text(_MYPY, encoding="utf-8")
+        extensions = mypycify(
+            ["--config-file", str(config), "--cache-dir", f"{scratch}/cache", *modules()],
+            opt_level="1",  # a third of the time of 3, and as fast to run
+            debug_level="0",
+            multi_file=True,  # one file each, so that all cores can compile
+            group_name=GROUP,
+            target_dir=scratch,
+        )
+        command = build_ext(Distribution({"name": GROUP, "ext_modules": extensions}))
+        command.build_lib, command.build_temp = str(into), scratch
+        command.ensure_finalized()
+        command.run()
+
+
+def remove() -> None:
+    """Takes away what was compiled beside the sources."""
+    for path in (*ROOT.glob("router/**/*.so"), *ROOT.glob(f"{GROUP}__mypyc.*.so")):
+        path.unlink()
+
+
+class CompileHook(BuildHookInterface):  # type: ignore[type-arg]
+    """hatchling's: adds compiled modules to a wheel, beside their sources."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called before a wheel is written.
+
+        Raises:
+            RuntimeError: it must be compiled, and cannot be.
+        """
+        wanted = os.environ.get("DETOSERVE_COMPILE", "")
+        if version == "editable" or wanted == "0":
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        into = Path(self._folder.name)
+        ran = subprocess.run(
+            [sys.executable, __file__, "--into", str(into)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            said = (ran.stdout + ran.stderr)[-2000:]
+            if wanted:
+                raise RuntimeError(f"the router could not be compiled:\n{said}")
+            self.app.display_warning(f"the router is not compiled, and slower:\n{said}")
+            return
+        for path in into.rglob("*.so"):
+            build_data["force_include"][str(path)] = str(path.relative_to(into))
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Called when it is written."""
+        del version, build_data, artifact_path
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--remove", action="store_true", help="what was compiled beside the sources"
+    )
+    parser.add_argument("--into", type=Path, default=ROOT, help="a folder; the sources' own")
+    chosen = parser.parse_args()
+    if chosen.into == ROOT:
+        remove()
+    if not chosen.remove:
+        build(chosen.into)
+
+
+if __name__ == "__main__":
+    main()
