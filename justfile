@@ -27,6 +27,18 @@ fix:
 test *args:
     pytest -n 2 -m "not e2e" "$@"
 
+# The router's hot modules by mypyc, beside their sources, as every wheel has them; forty seconds
+compile:
+    python deploy/compile_router.py
+
+# Back to the sources alone
+uncompile:
+    python deploy/compile_router.py --remove
+
+# What concerns the router, with its hot modules compiled
+test-compiled *args: compile && uncompile
+    pytest -n 2 -m "not e2e" tests/unit/router tests/behaviour/router "$@"
+
 # The whole program with real processes; slower
 test-e2e *args:
     pytest tests/e2e -m "e2e and not vllm and not skypilot" "$@"
@@ -62,12 +74,12 @@ bench:
     python tests/bench/bench_core.py
     python tests/bench/bench_limits.py
 
-# The router beside the SGLang router and vllm-router (PyPI, kept in $DETOSERVE_TEST_CACHE), in some four minutes
-bench-router *args:
+# The router, compiled, beside the SGLang router and vllm-router (PyPI, kept in $DETOSERVE_TEST_CACHE), in some eight minutes
+bench-router *args: compile && uncompile
     python tests/bench/bench_router.py "$@"
 
 # Where routers send what, beside the same peers, over any trace in Mooncake's format; half an hour, --quick three minutes
-bench-routing *args:
+bench-routing *args: compile && uncompile
     python tests/bench/bench_routing.py "$@"
 
 # Everything on this machine, from a copy of the example config repo

@@ -13,6 +13,7 @@ import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from router.build import is_compiled, version_name
 from router.core.pick import effective_policy
 from router.metrics import Metrics
 from router.server import health, ready
@@ -60,6 +61,8 @@ class Admin:
         state = self._state
         out: dict[str, Any] = {
             "id": self._router_id,
+            "version": version_name(),
+            "compiled": is_compiled(),
             "draining": state.draining,
             "in_flight": state.in_flight.total,
             "generation": 0,

@@ -12,7 +12,6 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Final, Self
 
@@ -25,6 +24,7 @@ from router.access_log import AccessLog
 from router.admin import Admin
 from router.agent_listener import AgentListener, read_keys, tls_of
 from router.brain import Brain
+from router.build import version_name
 from router.channels import Channel
 from router.channels.redis_channel import RedisChannel
 from router.channels.socket_channel import SocketChannel
@@ -64,13 +64,6 @@ from schemas.wire.routing import RoutingTable
 _log: Final = logging.getLogger(__name__)
 _BACKLOG: Final = 4096
 _QUIET_S: Final = 0.25
-
-
-def _version() -> str:
-    try:
-        return version("detoserve")
-    except PackageNotFoundError:
-        return "source"
 
 
 def _public_key_text(settings: Settings) -> str:
@@ -175,7 +168,7 @@ class Router:
         if self._redis is not None:
             self._tasks.append(loop.create_task(sessions.run(self._redis)))
             self._tasks.append(loop.create_task(self._decisions.run(self._redis)))
-        tracing = start_tracing(settings, os.environ, version=_version())
+        tracing = start_tracing(settings, os.environ, version=version_name())
         if tracing is not None:
             self._stack.push_async_callback(tracing.close)
         tokens = UsageMetrics(self._usage)
@@ -292,7 +285,7 @@ class Router:
             redis,
             router_id=settings.router_id,
             interval_s=settings.heartbeat_interval_s,
-            version=_version(),
+            version=version_name(),
         )
         if table.load_from_disk():
             _log.info("started from the table kept on disk")

@@ -159,6 +159,7 @@ class Workers:
         descriptor = self._sockets[number].fileno()
         process = await asyncio.create_subprocess_exec(
             sys.executable,
+            "-P",  # what is installed, not a folder of this name where it happens to be started
             "-m",
             "router",
             env=environment(self.settings, number, descriptor),

@@ -130,7 +130,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
         child = Child(
             "router",
             [
-                *(sys.executable, "-m", "router"),
+                *(sys.executable, "-P", "-m", "router"),
                 *("--host", settings.host, "--port", str(port), "--admin-port", "0"),
                 *("--redis-url", redis_url, "--routes-public-key", assembly.public_key),
                 *("--state-dir", str(state_dir / "router")),
@@ -144,7 +144,7 @@ async def up(settings: UpSettings, screen: Screen, stop: asyncio.Event) -> None:
         agent = Child(
             "agent",
             [
-                *(sys.executable, "-m", "agent.cli", "run", "--id", owner),
+                *(sys.executable, "-P", "-m", "agent.cli", "run", "--id", owner),
                 *("--redis-url", redis_url, "--routes-public-key", assembly.public_key),
             ],
             state_dir=state_dir,
@@ -279,7 +279,7 @@ async def _reaper(state_dir: Path, owner: str) -> AsyncIterator[None]:
     read_end, write_end = os.pipe()
     os.set_inheritable(read_end, True)
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "reconciler.backends.local.reaper"),
+        *(sys.executable, "-P", "-m", "reconciler.backends.local.reaper"),
         *("--lifeline-fd", str(read_end), "--state-dir", str(state_dir), "--owner", owner),
         stdin=asyncio.subprocess.DEVNULL,
         pass_fds=(read_end,),

@@ -191,7 +191,7 @@ def _proposed(config: str, ref: str | None, path: str) -> Mapping[str, Rule]:
     flags = [*(["--ref", ref] if ref else []), *(["--path", path] if path else [])]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "reconciler.cli", "render", config, "--routes", "-o", "json", *flags],
+            [sys.executable, "-P", "-m", "reconciler.cli", "render", config, "--routes", "-o", "json", *flags],
             stdout=subprocess.PIPE, timeout=_RENDER_TIMEOUT_S, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
