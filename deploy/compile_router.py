@@ -29,21 +29,18 @@ GROUP: Final = "detoserve_router"
 """The library that all modules share is `detoserve_router__mypyc`."""
 HOT: Final = ("router/core", "router/exchange", "router/downstream", "router/upstream")
 HOT_FILES: Final = (
-    "brain", "conversation", "deadlines", "decisions", "in_flight", "journal_slots", "limiter",
-    "meter", "proxy", "queue", "records", "relay", "server", "sharing", "signals", "state",
-    "usage_journal",
+    "brain", "conversation", "deadlines", "decisions", "finished", "in_flight", "journal_slots",
+    "limiter", "meter", "proxy", "queue", "records", "relay", "request_counts", "server", "sharing",
+    "signals", "state", "usage_journal",
 )  # fmt: skip
 INTERPRETED: Final = frozenset(
     {
         # msgspec reads the annotations of what it decodes while the program runs.
-        "router/core/usage_json.py",
-        "router/core/request.py",
-        "router/core/leases.py",
+        "router/core/shapes.py",
         # Exceptions of kinds that mypyc cannot make.
         "router/upstream/failures.py",
         # Seldom used, or by people.
         "router/core/agent_auth.py",
-        "router/core/engine_reports.py",
         "router/core/errors.py",
         "router/core/inflate.py",
         "router/core/record.py",

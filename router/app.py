@@ -30,11 +30,12 @@ from router.channels.redis_channel import RedisChannel
 from router.channels.socket_channel import SocketChannel
 from router.collector import OldGarbage
 from router.decision_metrics import DecisionMetrics
-from router.decisions import DecisionLog, outcome
+from router.decisions import DecisionLog
 from router.downstream.connection import ClientServer
 from router.ending import end
 from router.engine_metrics import EngineMetrics
 from router.engine_watch import EngineWatch, ReportReader
+from router.finished import Finished
 from router.fleet_secret import derived, fleet_secret
 from router.heartbeat import Heartbeat
 from router.limit_metrics import LimitMetrics
@@ -43,7 +44,6 @@ from router.meter import Meter
 from router.metrics import Metrics
 from router.probes import Probes
 from router.proxy import Proxy
-from router.records import RequestRecord
 from router.server import Api
 from router.session_store import SessionStore
 from router.settings import Settings, SettingsInvalid
@@ -135,16 +135,6 @@ class Router:
     def _waiting(self) -> dict[str, int]:
         return self.proxy.queues.by_function()
 
-    def _finished(self, record: RequestRecord) -> None:
-        self.metrics.finished(record)
-        self.signals.finished(record)
-        if record.trace is not None:
-            record.trace.ended(record)
-        if self._access_log is not None:
-            self._access_log.write(record)
-        if self._decisions.is_open(record.decision):
-            self._decisions.ended(record.decision, outcome(record))
-
     async def _start(self) -> None:
         settings, loop = self.settings, asyncio.get_running_loop()
         if settings.access_log != "off":
@@ -176,7 +166,7 @@ class Router:
         self.proxy = Proxy(
             self.state,
             settings,
-            self._finished,
+            Finished(self.metrics.counts, self.signals, self._decisions, self._access_log).hear,
             self.brain,
             tracing,
             limiter=self.limiter,

@@ -12,6 +12,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any, Final
 
+from router.core.shapes import NOTHING, Usage
 from router.core.usage import (
     UNCHANGED,
     BodyReader,
@@ -21,7 +22,7 @@ from router.core.usage import (
     cost_nano_usd,
     metering,
 )
-from router.core.usage_json import BYTES_A_TOKEN, NOTHING, Usage
+from router.core.usage_json import BYTES_A_TOKEN
 from router.journal_opened import Opened
 from router.records import RequestRecord
 from router.usage_journal import Journal

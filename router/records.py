@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 
 if TYPE_CHECKING:
     from router.tracing import RequestTrace

@@ -24,8 +24,9 @@ from typing import Final, Self
 
 import msgspec
 
+from router.core.shapes import NOTHING, Usage
 from router.core.usage import cost_nano_usd
-from router.core.usage_json import NOTHING, Usage, running_usage
+from router.core.usage_json import running_usage
 from router.journal_opened import Opened, read_opened
 from router.journal_slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
 from schemas.wire.events import UsageRecord, usage_record

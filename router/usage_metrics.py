@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 from router.usage_stream import UsageStream
 
 

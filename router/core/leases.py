@@ -42,15 +42,10 @@ _RELIEF_S: Final = 0.02
 """How long a refusal is repeated without asking where something may be given back at any time."""
 
 
-class _Answer(msgspec.Struct, array_like=True):
-    now_ms: int
-    epoch: str
-    routers: int
-    counters: list[tuple[int, int, int, int]]
-    asks: list[list[int]]
-
-
-_decode: Final = msgspec.msgpack.Decoder(_Answer).decode
+_decode: Final = msgspec.msgpack.Decoder(
+    tuple[int, str, int, list[tuple[int, int, int, int]], list[list[int]]]
+).decode
+"""An answer: the store's clock (ms), its epoch, how many routers, counters, what becomes of each ask."""
 _encode: Final = msgspec.msgpack.Encoder().encode
 
 
@@ -294,11 +289,9 @@ class Book:
             msgspec.DecodeError: it is no answer; treat it as none.
         """
         self.empty_pockets()
-        answer = _decode(data)
-        epoch = answer.epoch
-        self.routers = answer.routers
+        now_ms, epoch, self.routers, counters, asks = _decode(data)
         # By the earlier end of the conversation, so that a lease ends here no later than there.
-        self._offset_s = answer.now_ms / 1000 - now
+        self._offset_s = now_ms / 1000 - now
         if self._epoch and epoch != self._epoch:
             self._tell_all(now)
         self._epoch = epoch
@@ -311,13 +304,11 @@ class Book:
                 share.apart_since = None
                 if share.is_rate:
                     share.correct(0, share.used - used)
-        for share, (extra, life_ms, free, spent) in zip(
-            message.shares, answer.counters, strict=True
-        ):
+        for share, (extra, life_ms, free, spent) in zip(message.shares, counters, strict=True):
             share.free, share.spent_by_all = free, spent
             if extra:
                 until = message.sent_at + life_ms / 1000
-                bucket = (answer.now_ms + life_ms) // 1000
+                bucket = (now_ms + life_ms) // 1000
                 if share.pool and share.pool_until > now:
                     share.pool_until = min(share.pool_until, until)
                     share.bucket = min(share.bucket, bucket)
@@ -333,7 +324,7 @@ class Book:
                     share.empty_pool()
         return [
             self._verdict(message, ask, said, now)
-            for ask, said in zip(message.asks, answer.asks, strict=True)
+            for ask, said in zip(message.asks, asks, strict=True)
         ]
 
     def _verdict(

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import msgspec
 
+from router.core.shapes import Shared
+
 MAX_CHOICES: Final = 128
 """Answers to one request: OpenAI's own ceiling for `n`."""
 
@@ -22,12 +24,6 @@ class BodyInvalid(ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
-
-
-class _Shared(msgspec.Struct, frozen=True):
-    model: str | None = None
-    n: int | None = None
-    best_of: int | None = None
 
 
 _UTF8: Final = codecs.getincrementaldecoder("utf-8")
@@ -53,7 +49,7 @@ def _check_utf8(body: bytes) -> None:
 
 
 _decode: Final = msgspec.json.Decoder().decode
-_decode_shared: Final = msgspec.json.Decoder(_Shared).decode
+_decode_shared: Final = msgspec.json.Decoder(Shared).decode
 _NOTHING: Final[dict[str, Any]] = {}
 
 
@@ -78,7 +74,7 @@ def read_json(body: bytes) -> tuple[str | None, Mapping[str, Any]]:
     return shared.model, request
 
 
-def _read_shared(body: bytes) -> _Shared:
+def _read_shared(body: bytes) -> Shared:
     """What every body shares, checked. Other fields are skipped, not built.
 
     Raises:

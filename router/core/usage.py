@@ -14,10 +14,9 @@ from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
+from router.core.shapes import Said, Usage
 from router.core.usage_json import (
     VALUE,
-    Said,
-    Usage,
     as_json,
     by_text,
     read_answer,

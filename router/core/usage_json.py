@@ -1,86 +1,22 @@
 """What engines write of what a request used, as JSON, and what it comes to. Pure.
 
-Shapes that msgspec decodes. It reads their annotations while the program runs, so that this module
-stays as it is where others are compiled. Not here: finding it in an answer that goes by (usage).
+Not here: finding it in an answer that goes by (usage), or its shapes (shapes).
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
+
+from router.core.shapes import Answer, Said, Texts, Usage
 
 VALUE: Final = rb"\s*(?:null|\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})"
 """A `usage` as engines write it."""
 value_at: Final = re.compile(VALUE).match
 BYTES_A_TOKEN: Final = 4.0
 """Of common text: where no engine counted."""
-
-
-class Usage(msgspec.Struct, frozen=True, gc=False):
-    """Tokens of one request. `cached_tokens` are among `input_tokens`."""
-
-    input_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    estimated: bool = False
-    """The engine did not say: counted by the router, by events and bytes."""
-
-
-NOTHING: Final = Usage()
-
-
-_Tokens = Annotated[int, msgspec.Meta(ge=0)]
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: _Tokens | None = None
-
-
-class Said(msgspec.Struct):
-    """A `usage`, of whatever kind of answer."""
-
-    prompt_tokens: _Tokens | None = None
-    completion_tokens: _Tokens | None = None
-    prompt_tokens_details: _Details | None = None
-    # Responses and Messages
-    input_tokens: _Tokens | None = None
-    output_tokens: _Tokens | None = None
-    input_tokens_details: _Details | None = None
-    # Messages: besides input_tokens, not among them
-    cache_read_input_tokens: _Tokens | None = None
-    cache_creation_input_tokens: _Tokens | None = None
-
-
-class _Choice(msgspec.Struct):
-    index: int = 0
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Text(msgspec.Struct):
-    message: _Message | None = None
-    text: str | None = None
-
-
-class _Texts(msgspec.Struct):
-    choices: list[_Text]
-
-
-class _Inner(msgspec.Struct):
-    usage: Said | None = None
-
-
-class Answer(msgspec.Struct):
-    """A body, or the data of an event."""
-
-    usage: Said | None = None
-    choices: list[_Choice] | None = None
-    response: _Inner | None = None
-    message: _Inner | None = None
 
 
 _decode: Final = msgspec.json.Decoder(Answer).decode
@@ -138,7 +74,7 @@ def said_in(answer: Answer) -> Said | None:
 def by_text(body: bytes) -> Usage | None:
     """Of an answer whose engine tells no usage: by its text, with the prompt not counted."""
     try:
-        choices = msgspec.json.decode(body, type=_Texts).choices
+        choices = msgspec.json.decode(body, type=Texts).choices
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     said = [c.text or (c.message.content if c.message else None) or "" for c in choices]

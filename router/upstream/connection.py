@@ -27,6 +27,9 @@ bounds what a client that does not read can make the router hold."""
 _SIZE_DIGITS: Final = 8
 """Of a chunk, in hexadecimal, that is told at a glance."""
 _ZERO: Final = 0x30
+_FEW_BYTES: Final = 4096
+_SIZES: Final = [b"%x" % size for size in range(_FEW_BYTES)]
+"""Of chunks, as they are written."""
 
 _HOP_BY_HOP: Final = frozenset(
     {
@@ -156,7 +159,9 @@ class Connection(asyncio.BufferedProtocol):
             if size_end > 0 and data[0] != _ZERO:
                 chunk = data[size_end + 2 : -2]
                 # As the size would be written of just these bytes: so it is theirs, and nothing else.
-                if (b"%x" % len(chunk)) == data[:size_end] and data.endswith(b"\r\n"):
+                size = len(chunk)
+                told = _SIZES[size] if size < _FEW_BYTES else b"%x" % size
+                if data.startswith(told) and len(told) == size_end and data.endswith(b"\r\n"):
                     on_chunk(chunk, data)
                     return
         receiver = self._receiver

@@ -7,7 +7,7 @@ Never here: prompts, tenants or keys.
 
 from __future__ import annotations
 
-from math import ceil, log
+from bisect import bisect_left
 from typing import Final
 
 import msgspec
@@ -69,11 +69,12 @@ class RouterSignals(Event, frozen=True, kw_only=True):
 
 def ttft_bucket(seconds: float) -> int:
     """The bucket of a time to first token: 0 up to 1 ms, then each reaches 10 % further."""
-    if seconds <= _SHORTEST_S:
-        return 0
-    return min(BUCKETS - 1, ceil(log(seconds / _SHORTEST_S) / log(_RATIO)))
+    return bisect_left(_BOUNDS_S, seconds, 0, BUCKETS - 1)
 
 
 def ttft_bound_s(bucket: int) -> float:
     """The longest time that a bucket holds."""
     return _SHORTEST_S * _RATIO**bucket
+
+
+_BOUNDS_S: Final = [ttft_bound_s(bucket) for bucket in range(BUCKETS)]

@@ -18,7 +18,7 @@ from reconciler.loop.ledger_task import LedgerTask
 from reconciler.publish.ledger_file import open_document
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.usage_source import UsageSource
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 from router.journal_opened import Opened
 from router.usage_journal import Journal
 from router.usage_stream import UsageStream

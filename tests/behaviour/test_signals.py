@@ -14,7 +14,7 @@ from reconciler.core.signals import Signals as Heard
 from reconciler.publish.redis_edge import connect
 from reconciler.publish.signals import SignalsWatch
 from reconciler.publish.valkey import EmbeddedValkey
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 from router.records import Outcome, RequestRecord
 from router.signals import Signals
 from router.state import RouterState

@@ -9,7 +9,7 @@ import pytest
 from redis.exceptions import RedisError
 
 from router import usage_stream
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 from router.usage_journal import Journal, Opened
 from router.usage_stream import UsageStream
 from schemas.wire.events import usage_record

@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.core.usage_json import Usage
+from router.core.shapes import Usage
 from router.journal_slots import HEADER_BYTES, KINDS_AT, NARROW_BYTES, SEGMENT_BYTES
 from router.usage_journal import Journal, JournalBusy, Opened
 from schemas.wire.events import UsageRecord, usage_record

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from router.core.shapes import Usage
 from router.core.usage import (
     BodyReader,
     StreamReader,
     cost_nano_usd,
     metering,
 )
-from router.core.usage_json import Usage, running_usage
+from router.core.usage_json import running_usage
 from schemas.wire.routing import Price
 
 DONE = b"data: [DONE]\n\n"
