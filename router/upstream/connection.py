@@ -49,6 +49,10 @@ _HOP_BY_HOP: Final = frozenset(
 )
 
 
+def _nobody() -> None:
+    """Nobody asks when a connection is lost."""
+
+
 class ResponseHead:
     """An answer's head, with what the router must not pass on already left out.
 
@@ -98,12 +102,13 @@ class Connection(asyncio.BufferedProtocol):
         "_retry_after",
         "_within",
         "closed",
-        "exchanges",
         "idle_since",
+        "kept",
         "on_body",
         "on_chunk",
         "on_chunk_complete",
         "on_chunk_header",
+        "on_lost",
         "reusable",
         "transport",
     )
@@ -112,8 +117,10 @@ class Connection(asyncio.BufferedProtocol):
         self.transport: asyncio.Transport | None = None
         self.closed = False
         self.reusable = False
-        self.exchanges = 0
+        self.kept = False
+        """It was idle before: the engine may be closing it while a request is sent."""
         self.idle_since = 0.0
+        self.on_lost: Callable[[], None] = _nobody
         self._receiver: Receiver | None = None
         self._body: list[bytes] = []
         self.on_body = self._body.append
@@ -202,6 +209,8 @@ class Connection(asyncio.BufferedProtocol):
         self.closed = True
         self.reusable = False
         self._parser = None  # it holds this object: a cycle that only the collector would end
+        self.on_lost()
+        self.on_lost = _nobody
         receiver = self._receiver
         if receiver is None:
             return
@@ -215,7 +224,7 @@ class Connection(asyncio.BufferedProtocol):
             UpstreamFailed(
                 "the connection was lost" if exc is None else type(exc).__name__,
                 began=began,
-                stale=not began and self.exchanges > 1,
+                stale=not began and self.kept,
             )
         )
 
@@ -266,7 +275,6 @@ class Connection(asyncio.BufferedProtocol):
         assert self.transport is not None
         assert self._receiver is None
         self._begin()
-        self.exchanges += 1
         self._receiver = receiver
         if len(body) <= _JOIN_BYTES:
             self.transport.write(head + body)  # a copy costs less than a second system call

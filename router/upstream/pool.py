@@ -1,7 +1,8 @@
 """Idle connections of one replica, and the opening of new ones.
 
-The last one used is taken first, so that the rest can age out. Not here: how many requests a
-replica may have (core.pick).
+The last one used is taken first, so that the rest can age out. Where a replica is busy there are always
+some to spare: a stream more need not wait for the round trips, and the handshake, of a new connection.
+Not here: how many requests a replica may have (core.pick).
 """
 
 from __future__ import annotations
@@ -11,11 +12,17 @@ import ssl
 from functools import cache
 from ipaddress import ip_address
 from socket import SOCK_STREAM
+from typing import Final
 
 from router.core.endpoint_check import all_allowed
 from router.core.snapshot import Candidate
 from router.upstream.connection import Connection
-from router.upstream.failures import ConnectFailed, EndpointForbidden, UpstreamTimeout
+from router.upstream.failures import (
+    ConnectFailed,
+    EndpointForbidden,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 
 
 @cache
@@ -33,6 +40,12 @@ def _is_ip(host: str) -> bool:
     return True
 
 
+_SPARES: Final = 2
+_BUSY: Final = 4
+"""Connections from which on there are to be spares."""
+_SPARE_TIMEOUT_S: Final = 5.0
+
+
 class Pool:
     """Connections to one replica."""
 
@@ -44,20 +57,30 @@ class Pool:
         """Once and for all; where there is a name, its addresses are looked at each time."""
         self._keepalive_s = keepalive_s
         self._idle: list[Connection] = []
+        self._alive = 0
+        """Connections, idle or not."""
+        self._spares: set[asyncio.Task[None]] = set()
+        """That are being opened."""
         self._closed = False
         self._loop = asyncio.get_running_loop()
 
     def take(self) -> Connection | None:
         """An idle connection that is still open, if there is one."""
         oldest = self._loop.time() - self._keepalive_s
+        found = None
         while self._idle:
             connection = self._idle.pop()
             if connection.closed:
                 continue
             if connection.idle_since >= oldest:
-                return connection
+                found = connection
+                break
             connection.close()
-        return None
+        while self._alive >= _BUSY and len(self._idle) + len(self._spares) < _SPARES:
+            task = self._loop.create_task(self._open_spare())
+            self._spares.add(task)
+            task.add_done_callback(self._spares.discard)
+        return found
 
     def give_back(self, connection: Connection) -> None:
         """After an exchange: kept if it can carry another, else closed."""
@@ -65,7 +88,23 @@ class Pool:
             connection.close()
             return
         connection.idle_since = self._loop.time()
+        connection.kept = True
         self._idle.append(connection)
+
+    async def _open_spare(self) -> None:
+        try:
+            connection = await self.connect(_SPARE_TIMEOUT_S)
+        except UpstreamFailed:
+            return  # the next request that needs one will find out, and say so
+        if self._closed:
+            connection.close()
+            return
+        connection.idle_since = self._loop.time()
+        connection.kept = True
+        self._idle.insert(0, connection)  # to be taken when there is no other
+
+    def _lost(self) -> None:
+        self._alive -= 1
 
     async def connect(self, timeout_s: float) -> Connection:
         """A new connection.
@@ -108,6 +147,8 @@ class Pool:
                 if number == len(addresses):
                     raise
             else:
+                self._alive += 1
+                connection.on_lost = self._lost
                 return connection
         raise ConnectFailed(f"{host} has no address")
 
@@ -125,6 +166,8 @@ class Pool:
     def close(self) -> None:
         """Closes idle connections; those in use are closed when they come back."""
         self._closed = True
+        for task in self._spares:
+            task.cancel()
         for connection in self._idle:
             connection.close()
         self._idle.clear()

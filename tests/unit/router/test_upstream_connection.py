@@ -112,3 +112,25 @@ def test_a_connection_that_is_used_again_and_again_does_not_grow():
         read(connection, b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
     assert len(connection._within) <= 2
     connection.connection_lost(None)
+
+
+def test_only_a_connection_that_was_idle_may_have_been_closed_meanwhile():
+    for kept in (False, True):
+        connection = Connection()
+        connection.connection_made(SilentTransport())
+        connection.kept = kept
+        client = Client(connection)
+        connection.send(b"", b"", client)
+        connection.connection_lost(None)
+        assert client.error is not None
+        assert client.error.stale is kept
+
+
+def test_whoever_wants_to_know_hears_once_that_a_connection_is_lost():
+    heard = []
+    connection = Connection()
+    connection.connection_made(SilentTransport())
+    connection.on_lost = lambda: heard.append(1)
+    connection.close()
+    connection.connection_lost(None)
+    assert heard == [1]
