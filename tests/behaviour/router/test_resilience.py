@@ -55,7 +55,7 @@ async def test_20_clients_do_not_see_that_one_of_three_replicas_is_killed(tmp_pa
             two.process.kill()
             await asking
             assert served == 240
-            retries = router.router.metrics._retries.get("sim", 0)
+            retries = router.router.metrics.counts.retries.get("sim", 0)
             assert retries <= 240 * 0.2
             router.assert_idle()
 
@@ -68,7 +68,7 @@ async def test_a_dead_replica_is_left_alone_and_comes_back(tmp_path):
             breakers = router.router.state.breakers
             for _ in range(10):
                 assert b" 200 " in await raw(router.port, post(CHAT))
-            assert router.router.metrics._retries["sim"] == 1  # found out once
+            assert router.router.metrics.counts.retries["sim"] == 1  # found out once
             assert not breakers["sim-r0"].admits(asyncio.get_running_loop().time())
 
             server = await asyncio.start_server(good._serve, "127.0.0.1", port)
@@ -148,7 +148,7 @@ async def test_a_replica_that_takes_no_connection_is_given_up_in_time(tmp_path):
             async with running_router(table, tmp_path, probe_interval_s=0) as router:
                 for _ in range(3):
                     assert b" 200 " in await raw(router.port, post(CHAT), timeout_s=3)
-                assert router.router.metrics._retries["sim"] >= 1
+                assert router.router.metrics.counts.retries["sim"] >= 1
                 router.assert_idle()
 
 

@@ -38,7 +38,7 @@ def requests(draw):
     floor = column(SECONDS)
     pending = column(st.booleans())
     fleet = Fleet(
-        rtt_s=column(st.floats(0, 0.2, allow_subnormal=False)),
+        rtt_s=column(st.integers(0, 200_000).map(lambda us: us / 1e6)),
         slow=column(st.just(1.0)) if draw(st.booleans()) else column(st.floats(1, 3)),
         factor=column(st.just(1.0) | st.floats(0.3, 3)),
         p=P,
@@ -47,7 +47,8 @@ def requests(draw):
             NOW + b if busy else -inf for b, busy in zip(column(SECONDS), pending, strict=True)
         ],
         floor_s=[f if busy else 0.0 for f, busy in zip(floor, pending, strict=True)],
-        kv_used=column(st.floats(0, 1, allow_subnormal=False)),
+        # As engines tell it: not of a size that vanishes beside everything.
+        kv_used=column(st.integers(0, 10_000).map(lambda share: share / 10_000)),
         requests=column(st.integers(0, 40)),
         now=NOW,
     )
