@@ -21,6 +21,7 @@ _SIMPLE_VALUE: Final = re.compile(
     rb'\s*:\s*("(?:[^"\\]|\\.)*"|\{[^{}"]*(?:"(?:[^"\\]|\\.)*"[^{}"]*)*\}|[^\s{}\[\],:"]+)',
     re.DOTALL,
 )
+_SMALL_BYTES: Final = 16 * 1024
 _BEGINS: Final = re.compile(rb"\s*\{\s*(\})?")
 
 
@@ -97,7 +98,8 @@ def spliced(body: bytes, values: Mapping[str, bytes], present: Collection[str]) 
         begins_with = b"{"
         for key, value in values.items():
             begins_with += b'"%b":%b,' % (key.encode(), value)
-        return begins_with + memoryview(body)[1:]
+        # A view spares a large body one copy; a small one is copied sooner than a view is made.
+        return begins_with + (body[1:] if len(body) < _SMALL_BYTES else memoryview(body)[1:])
     there = [key for key in values if key in present]
     if len(there) < len(values):
         begins = _BEGINS.match(body)
