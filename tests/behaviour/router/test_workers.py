@@ -12,6 +12,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 
+from router.build import is_compiled
 from tests.behaviour.router.harness import (
     CHAT,
     KEY,
@@ -68,6 +69,8 @@ async def test_workers_share_a_port_and_their_metrics_add_up(tmp_path):
         assert 'gen_ai_server_request_duration_seconds_count{gen_ai_operation_name="chat",gen_ai_request_model="sim"} 40.0' in text  # fmt: skip
         status = json.loads((await get(f"{admin}/status"))[1])
         assert sorted(worker["id"] for worker in status["workers"]) == ["edge-w0", "edge-w1"]
+        # All of them as what is installed here: the sources, or compiled.
+        assert {worker["compiled"] for worker in status["workers"]} == {is_compiled()}
         assert (await get(f"{admin}/ready"))[0] == 200
         router.signal(signal.SIGTERM)
         async with asyncio.timeout(5):
