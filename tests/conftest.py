@@ -10,6 +10,9 @@ import pytest
 hypothesis.settings.register_profile(
     "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
+hypothesis.settings.register_profile(
+    "long", hypothesis.settings.get_profile("shared machine"), max_examples=2000
+)
 hypothesis.settings.load_profile("shared machine")
 
 ROUTER = Path(__file__).resolve().parents[1] / "router"

@@ -173,7 +173,8 @@ class StreamReader:
             if not self._last:
                 self._shown += data.count(self._mark)
             return data
-        if self._several or data.find(b"\n\n", 0, -2) >= 0:
+        value_end = len(data) - 3
+        if self._several or data.find(b"\n\n", 0, -2) >= 0 or value_end < at + 8:
             return self._noted(data)
         if not self._first:
             if data[at + 8 : at + 9] != b"{":
@@ -181,7 +182,6 @@ class StreamReader:
             self._first = data
         # Nearly every call: one event, with its running usage at the end.
         self._last = data
-        value_end = len(data) - 3
         self.note(data[at + 8 : value_end])
         if not self._drop_running:
             return self._rewritten(data) if self._drop_final else data

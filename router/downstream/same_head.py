@@ -57,8 +57,10 @@ class SameHead:
             return None
         digits_at = self._digits_at
         digits_end = data.find(b"\r", digits_at, digits_at + _MOST_DIGITS + 1)
+        if digits_end < 0:
+            return None
         digits = data[digits_at:digits_end]
-        if digits_end < 0 or not digits.isdigit() or not data.startswith(self._after, digits_end):
+        if not digits.isdigit() or not data.startswith(self._after, digits_end):
             return None
         body = data[digits_end + len(self._after) :]
         if len(body) != int(digits) or len(body) > max_body_bytes:

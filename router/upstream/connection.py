@@ -163,10 +163,10 @@ class Connection(asyncio.BufferedProtocol):
         on_chunk = self.on_chunk
         if on_chunk is not None and not self._within:
             size_end = data.find(b"\r\n", 1, 2 + _SIZE_DIGITS)
-            if size_end > 0 and data[0] != _ZERO:
+            size = nbytes - size_end - 4
+            if size_end > 0 and size > 0 and data[0] != _ZERO:
                 chunk = data[size_end + 2 : -2]
                 # As the size would be written of just these bytes: so it is theirs, and nothing else.
-                size = len(chunk)
                 told = _SIZES[size] if size < _FEW_BYTES else b"%x" % size
                 if data.startswith(told) and len(told) == size_end and data.endswith(b"\r\n"):
                     on_chunk(chunk, data)

@@ -89,6 +89,8 @@ def test_the_same_head_with_another_length_is_known():
     assert (again.method, again.path, again.body) == ("POST", read.path, b"another body")
     assert known.again(request(b"x" * 1001), 1000) is None
     assert known.again(request(b"x", head=HEAD.replace(b"Bearer k", b"Bearer l")), 1000) is None
+    for cut in range(len(first)):
+        assert known.again(first[:cut], 1000) is None
     # No prompt is kept for the next request.
     assert known._request.body == b""
 

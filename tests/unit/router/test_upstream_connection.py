@@ -82,6 +82,7 @@ def streams(draw):
     (b"hello" + b"x" * 26, [HEAD + b"5\r\nhello\r\n1", b"a\r\n" + b"x" * 26 + b"\r\n0\r\n\r\n"])
 )
 @example((b"\r\n\r\n\r\nab", [HEAD + b"8\r\n\r\n\r\n", b"\r\nab\r\n0\r\n\r\n"]))
+@example((b"hello", [HEAD + b"2\r\nhe\r\n", b"3\r\n", b"llo\r\n0\r\n\r\n"]))
 @example((b"hello5\r\nabcd", [HEAD + b"c\r\nhello", b"5\r\nabcd", b"\r\n0\r\n\r\n"]))
 def test_a_stream_is_the_same_however_it_is_cut(stream):
     body, reads = stream

@@ -155,6 +155,15 @@ def test_an_engine_without_running_usage_is_counted_by_events(nulls):
     assert reader.used() == Usage(5, 2, 3)
 
 
+def test_a_usage_without_a_value_changes_nothing():
+    reader = StreamReader("chat", drop_running=True)
+    first = b'data: {"choices":[{}],"usage":{"prompt_tokens":1,"completion_tokens":2}}\n\n'
+    assert reader.feed(first) == b'data: {"choices":[{}]}\n\n'
+    for odd in (b'data: {"usage":\n\n', b'"usage":\n\n', b"\n\n"):
+        assert reader.feed(odd) == odd
+        assert reader.used() == Usage(1, 0, 2)
+
+
 def test_nothing_seen_is_not_nothing_used():
     reader = StreamReader()
     assert reader.used() is None
