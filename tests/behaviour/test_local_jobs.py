@@ -169,10 +169,10 @@ async def test_suspending_and_deleting_end_it(tmp_path: Path, ended: None):
         assert not (tmp_path / "state" / "workloads" / "a--c").exists()
     marked = [
         p
-        for p in psutil.process_iter(["environ", "status"])
+        for p in psutil.process_iter(["cmdline", "environ", "status"])
         if (p.info["environ"] or {}).get("DETOSERVE_OWNER_DIR") == str(tmp_path / "state")
         and p.info["status"] != psutil.STATUS_ZOMBIE
-        and "job_runner" in " ".join(p.cmdline())
+        and "job_runner" in " ".join(p.info["cmdline"] or ())
     ]
     assert not marked
 

@@ -212,7 +212,7 @@ def test_keys_and_prompts_stay_where_they_belong(
         client.chat.completions.create(
             model="chat", messages=[{"role": "user", "content": prompt}], max_tokens=-1
         )
-    engines = [p for p in up.processes() if "agent.simulated" in " ".join(p.cmdline())]
+    engines = up.processes(running="agent.simulated")
     for engine in engines:
         engine.suspend()
     with pytest.raises(openai.APIError):

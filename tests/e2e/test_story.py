@@ -138,10 +138,8 @@ def test_edits_under_load_lose_no_request(start_up: Callable[..., Up]) -> None:
         return True
 
     assert refused()
-    engines = [p for p in up.processes() if "agent.simulated" in " ".join(p.cmdline())]
-    assert eventually_sync(
-        lambda: sum(p.is_running() and p.status() != "zombie" for p in engines) <= 1
-    )
+    engines = up.processes(running="agent.simulated")
+    assert eventually_sync(lambda: sum(map(_runs, engines)) <= 1)
 
     assert eventually_sync(lambda: f"Detoserve-Source-Revision: {deleted}" in up.story())
     with Repo(up.config) as repo:

@@ -134,13 +134,17 @@ class Up:
         found = [line.partition(" ") for line in lines if line.startswith(f"{name}{{")]
         return {labels.partition('"')[2].rstrip('"}'): float(value) for labels, _, value in found}
 
-    def processes(self) -> list[psutil.Process]:
-        """Everything that names this run's folder, the command itself included."""
+    def processes(self, running: str = "") -> list[psutil.Process]:
+        """Everything that names this run's folder, the command itself included.
+
+        With `running`, only what has that in its command line.
+        """
         found = []
+        # What ends while it is being looked at (git's children are short-lived) is passed over.
         for process in psutil.process_iter(["cmdline", "environ"]):
-            text = " ".join(process.info["cmdline"] or ())
-            text += " ".join((process.info["environ"] or {}).values())
-            if str(self.state_dir) in text and process.pid != os.getpid():
+            command = " ".join(process.info["cmdline"] or ())
+            text = command + " ".join((process.info["environ"] or {}).values())
+            if running in command and str(self.state_dir) in text and process.pid != os.getpid():
                 found.append(process)
         return found
 
