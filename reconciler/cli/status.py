@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
+from types import FrameType
 from typing import Annotated, Any, Final, get_args
 
 import typer
@@ -261,21 +264,41 @@ def _moments(repository: Repository, branches: list[str], deadline: float | None
     def left_s() -> float:
         return float("inf") if deadline is None else deadline - time.monotonic()
 
-    yield
-    if repository.is_remote:
-        while left_s() > 0:
-            time.sleep(min(_REMOTE_POLL_S, max(0.0, left_s())))
-            repository.fetch(branches)
-            yield
-        return
-    # Looked at each second besides, as a ref may move before the watch stands, or by packing.
-    for _ in watch(
-        repository.git_dir / "refs",
-        rust_timeout=int(_LOCAL_LOOK_S * 1000),
-        yield_on_timeout=True,
-        debounce=50,
-        step=20,
-    ):
+    with _interrupts() as interrupted:
         yield
-        if left_s() <= 0:
+        if repository.is_remote:
+            while left_s() > 0:
+                if interrupted.wait(min(_REMOTE_POLL_S, max(0.0, left_s()))):
+                    raise KeyboardInterrupt
+                repository.fetch(branches)
+                yield
             return
+        # Looked at each second besides, as a ref may move before the watch stands, or by packing.
+        for _ in watch(
+            repository.git_dir / "refs",
+            rust_timeout=int(_LOCAL_LOOK_S * 1000),
+            yield_on_timeout=True,
+            debounce=50,
+            step=20,
+            stop_event=interrupted,
+        ):
+            yield
+            if left_s() <= 0:
+                return
+        raise KeyboardInterrupt  # nothing else stops the watch
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C. What that raises is lost where it meets a finalizer, such as those of git's objects."""
+    asked = threading.Event()
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:  # noqa: ARG001 - Python calls it so
+        asked.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

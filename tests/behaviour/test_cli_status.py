@@ -10,10 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from reconciler.cli.repository import Repository
+from reconciler.cli.status import _moments
 from reconciler.core.compile import compile_workloads
 from reconciler.core.last_good import effective
 from reconciler.core.observed import Observation, ObservedReplica, ObservedWorkload, Phase
@@ -162,6 +165,22 @@ async def test_wait_ready_gives_up_with_1(repo: Path) -> None:
     assert made.stdout == ""
     assert "error: not ready within 0.3 s; waiting for Deployment/chat" in made.stderr
     assert detoserve("status", repo, "--wait-ready", "--timeout", "soon").returncode == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_ends_a_watch_also_where_it_meets_a_finalizer(repo: Path) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with Repository.open(str(repo)) as opened:
+        moments = _moments(opened, ["main"], None)
+        next(moments)
+        Finalized()  # what it raises is lost
+        with pytest.raises(KeyboardInterrupt):
+            list(islice(moments, 3))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 async def test_watch_shows_each_status_until_interrupted(repo: Path) -> None:
