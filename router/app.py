@@ -83,7 +83,10 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.state = RouterState(upstream_keepalive_s=settings.upstream_keepalive_s)
+        self.state = RouterState(
+            upstream_keepalive_s=settings.upstream_keepalive_s,
+            upstream_silence_s=settings.upstream_silence_s,
+        )
         self.metrics = Metrics(self.state, tenants=settings.tenant_metrics)
         self.signals = Signals(
             self.state, settings.router_id, waiting=self._waiting, engine=self._engine

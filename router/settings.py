@@ -127,8 +127,10 @@ class Settings(BaseModel):
     """How long a client may read nothing of an answer that waits for it."""
     keepalive_timeout_s: Seconds = 75.0
     """How long a client's connection may be idle, or take to send a request's head."""
-    upstream_keepalive_s: Seconds = 4.0
-    """How long a connection to an engine is kept idle. vLLM closes its own after 5 s."""
+    upstream_keepalive_s: Seconds = 60.0
+    """How long a connection to an engine is kept idle. One that the engine closes sooner is not used."""
+    upstream_silence_s: Annotated[float, Field(ge=3, le=3600)] = 30.0
+    """How long an engine's machine may acknowledge nothing at all before its connections count as lost."""
     probe_interval_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
     """How often every replica's /health is asked, besides what requests tell. 0: never."""
     drain_timeout_s: Annotated[float, Field(ge=0)] = 120.0

@@ -34,7 +34,13 @@ class FunctionState:
 class RouterState:
     """Owned by one event loop; nothing here is thread-safe."""
 
-    def __init__(self, *, upstream_keepalive_s: float, chance: random.Random | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        upstream_keepalive_s: float,
+        upstream_silence_s: float,
+        chance: random.Random | None = None,
+    ) -> None:
         self.snapshot: Snapshot | None = None
         self.fresh_at = 0.0
         """Unix seconds at which the table was last known to be current."""
@@ -43,6 +49,7 @@ class RouterState:
         self.chance = chance or random.Random()
         self.on_install: list[Callable[[Snapshot], None]] = []
         self._upstream_keepalive_s = upstream_keepalive_s
+        self._upstream_silence_s = upstream_silence_s
         self.breakers: dict[str, Breaker] = {}
         """Of replicas that have failed and not recovered; the others have none."""
         self._pools: dict[str, Pool] = {}
@@ -105,7 +112,11 @@ class RouterState:
         if pool is None or pool.address != candidate.address:
             if pool is not None:
                 pool.close()
-            pool = Pool(candidate, keepalive_s=self._upstream_keepalive_s)
+            pool = Pool(
+                candidate,
+                keepalive_s=self._upstream_keepalive_s,
+                silence_s=self._upstream_silence_s,
+            )
             if self.snapshot is not None and candidate.id in self.snapshot.replicas:
                 self._pools[candidate.id] = pool
         return pool

@@ -10,9 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from reconciler.core.workload import Template
 from reconciler.errors import Stalled
+
+_ENGINE_ENV: Final[Mapping[str, Mapping[str, str]]] = {
+    "vllm": {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120"},
+    "sglang": {"SGLANG_TIMEOUT_KEEP_ALIVE": "120"},
+}
+"""Both close idle connections after 5 s, where routers keep them for a minute: an end that crosses a request
+costs that request another attempt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +113,10 @@ def filled_args(template: Template, place: Place) -> list[str]:
 
 
 def filled_env(template: Template, place: Place) -> dict[str, str]:
-    """`runtime.env`, likewise."""
+    """`runtime.env`, likewise, after what its engine is given without being asked."""
     known = _known(template, place)
-    return {name: _fill(value, known) for name, value in template.runtime.env.items()}
+    own = {name: _fill(value, known) for name, value in template.runtime.env.items()}
+    return {**_ENGINE_ENV.get(template.runtime.engine, {}), **own}
 
 
 def engine_environ(

@@ -224,7 +224,8 @@ class Connection(asyncio.BufferedProtocol):
             UpstreamFailed(
                 "the connection was lost" if exc is None else type(exc).__name__,
                 began=began,
-                stale=not began and self.kept,
+                # Closed while it was idle; silence is another thing, and tells of the machine.
+                stale=not began and self.kept and not isinstance(exc, TimeoutError),
             )
         )
 

@@ -11,7 +11,16 @@ import asyncio
 import ssl
 from functools import cache
 from ipaddress import ip_address
-from socket import SOCK_STREAM
+from socket import (
+    IPPROTO_TCP,
+    SO_KEEPALIVE,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    TCP_USER_TIMEOUT,
+)
 from typing import Final
 
 from router.core.endpoint_check import all_allowed
@@ -40,6 +49,21 @@ def _is_ip(host: str) -> bool:
     return True
 
 
+def _noticing_silence(silence_s: float) -> tuple[tuple[int, int, int], ...]:
+    """Socket options by which the kernel tells of a machine that is gone without a word.
+
+    Else an idle connection to it would be taken for a good one, and a request on it wait until its deadline.
+    """
+    probe_s = max(1, round(silence_s / 6))
+    return (
+        (SOL_SOCKET, SO_KEEPALIVE, 1),
+        (IPPROTO_TCP, TCP_KEEPIDLE, 3 * probe_s),
+        (IPPROTO_TCP, TCP_KEEPINTVL, probe_s),
+        (IPPROTO_TCP, TCP_KEEPCNT, 3),
+        (IPPROTO_TCP, TCP_USER_TIMEOUT, round(silence_s * 1000)),
+    )
+
+
 _SPARES: Final = 2
 _BUSY: Final = 4
 """Connections from which on there are to be spares."""
@@ -49,13 +73,14 @@ _SPARE_TIMEOUT_S: Final = 5.0
 class Pool:
     """Connections to one replica."""
 
-    def __init__(self, candidate: Candidate, *, keepalive_s: float) -> None:
+    def __init__(self, candidate: Candidate, *, keepalive_s: float, silence_s: float) -> None:
         self.address = candidate.address
         self._cidrs = candidate.cidrs
         self._literal = _is_ip(candidate.host)
         self._allowed = self._literal and all_allowed([candidate.host], candidate.cidrs)
         """Once and for all; where there is a name, its addresses are looked at each time."""
         self._keepalive_s = keepalive_s
+        self._options = _noticing_silence(silence_s)
         self._idle: list[Connection] = []
         self._alive = 0
         """Connections, idle or not."""
@@ -76,7 +101,8 @@ class Pool:
                 found = connection
                 break
             connection.close()
-        while self._alive >= _BUSY and len(self._idle) + len(self._spares) < _SPARES:
+        spares = 0 if self._closed or self._alive < _BUSY else _SPARES
+        while len(self._idle) + len(self._spares) < spares:
             task = self._loop.create_task(self._open_spare())
             self._spares.add(task)
             task.add_done_callback(self._spares.discard)
@@ -136,7 +162,7 @@ class Pool:
         for number, address in enumerate(addresses, 1):
             try:
                 # The address that was checked, not the name: a second look-up might differ.
-                _, connection = await self._loop.create_connection(
+                transport, connection = await self._loop.create_connection(
                     Connection,
                     address,
                     port,
@@ -147,6 +173,9 @@ class Pool:
                 if number == len(addresses):
                     raise
             else:
+                opened = transport.get_extra_info("socket")
+                for level, option, value in self._options:
+                    opened.setsockopt(level, option, value)
                 self._alive += 1
                 connection.on_lost = self._lost
                 return connection

@@ -68,7 +68,7 @@ def ended(
 
 
 async def test_a_routers_counts_arrive_and_a_waiting_request_is_told_at_once(tmp_path):
-    state = RouterState(upstream_keepalive_s=1)
+    state = RouterState(upstream_keepalive_s=1, upstream_silence_s=30)
     held: dict[str, int] = {}
     reports = {
         name: EngineReport(replica=name, at=1.0, waiting=2, kv_usage=use)
@@ -110,7 +110,7 @@ async def test_a_message_of_another_form_is_left_alone(tmp_path):
     heard, urgent = Heard(), []
     async with valkey(tmp_path) as redis:
         watch = SignalsWatch(redis, heard, urgent.append, time.monotonic)
-        state = RouterState(upstream_keepalive_s=1)
+        state = RouterState(upstream_keepalive_s=1, upstream_silence_s=30)
         async with running(watch.run()):
             await eventually(lambda: redis.publish(redis_keys.SIGNALS_CHANNEL, b"\xc1 nonsense"))
             async with running(Signals(state, "r1").run(redis, interval_s=0.02)):
@@ -118,7 +118,7 @@ async def test_a_message_of_another_form_is_left_alone(tmp_path):
 
 
 def test_a_replica_that_leaves_is_counted_until_what_it_carries_has_ended():
-    state = RouterState(upstream_keepalive_s=1)
+    state = RouterState(upstream_keepalive_s=1, upstream_silence_s=30)
     counted = Signals(state, "r1")
     state.install(table(1, "r-1"), 2e9)
     state.in_flight.sent("r-1")
@@ -132,7 +132,7 @@ def test_a_replica_that_leaves_is_counted_until_what_it_carries_has_ended():
 
 
 def test_between_full_messages_only_changes_are_told():
-    state = RouterState(upstream_keepalive_s=1)
+    state = RouterState(upstream_keepalive_s=1, upstream_silence_s=30)
     counted = Signals(state, "r1")
     state.install(table(1, "r-1"), 2e9)
     assert len(counted.message(full=False).arms) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from reconciler.core.engine_command import Place, engine_argv, engine_environ
 from reconciler.core.workload import Template
 from reconciler.errors import Stalled
+from router.settings import Settings
 from schemas.function import Model, Readiness, Resources, Runtime
 
 HERE = Place(host="127.0.0.1", port=8123, replica="chat--here-1", python="/venv/bin/python")
@@ -122,9 +124,20 @@ def test_the_environment_is_inherited_but_for_what_is_ours() -> None:
         "PATH": "/bin",
         "CUDA_VISIBLE_DEVICES": "0",
         "LEVEL": "high",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
         "WHERE": "8123",
         "TOKEN": "t",
     }
+
+
+@pytest.mark.parametrize(
+    ("engine", "name"),
+    [("vllm", "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"), ("sglang", "SGLANG_TIMEOUT_KEEP_ALIVE")],
+)
+def test_engines_keep_connections_longer_than_routers_do(engine: str, name: str) -> None:
+    kept = engine_environ(template(engine), HERE, {}, {})
+    assert float(kept[name]) > Settings(routes=Path("r")).upstream_keepalive_s
+    assert engine_environ(template(engine, env={name: "7"}), HERE, {}, {}) == {name: "7"}
 
 
 def test_a_secret_is_never_filled_in() -> None:

