@@ -18,18 +18,37 @@ _RESET: Final = "1m1s"
 """When a window is whole again if nothing more is sent: this request leaves it last."""
 
 
-class _Shown:
-    """A rate as its headers show it: `line` but for what remains of it."""
+class _Lines:
+    """Headers but for what is in the pocket: text, what remains of requests, text, of tokens, text.
 
-    __slots__ = ("line", "share")
+    Below 0: there is no such limit, and no text on that side of it.
+    """
 
-    def __init__(self, share: Share) -> None:
-        self.share = share
-        what = share.limit.role
-        self.line = (
-            f"x-ratelimit-limit-{what}: {share.limit.limit}\r\n"
-            f"x-ratelimit-remaining-{what}: %d\r\nx-ratelimit-reset-{what}: {_RESET}\r\n"
+    __slots__ = ("begin", "between", "end", "requests", "tokens")
+
+    def __init__(self) -> None:
+        self.begin = self.between = self.end = ""
+        self.requests = self.tokens = -1
+
+    def with_pocket(self, requests: int, tokens: int) -> bytes:
+        """Whole, with what is in the pocket."""
+        if self.tokens < 0:
+            number = "" if self.requests < 0 else str(self.requests + requests)
+            return f"{self.begin}{number}{self.end}".encode()
+        if self.requests < 0:
+            return f"{self.begin}{self.tokens + tokens}{self.end}".encode()
+        return (
+            f"{self.begin}{self.requests + requests}{self.between}{self.tokens + tokens}{self.end}"
         ).encode()
+
+
+def _around(share: Share) -> tuple[str, str]:
+    """What stands before and after the number that remains."""
+    what = share.limit.role
+    return (
+        f"x-ratelimit-limit-{what}: {share.limit.limit}\r\nx-ratelimit-remaining-{what}: ",
+        f"\r\nx-ratelimit-reset-{what}: {_RESET}\r\n",
+    )
 
 
 class Plan:
@@ -38,7 +57,6 @@ class Plan:
     __slots__ = (
         "_lines",
         "_lines_for",
-        "_rests",
         "budgets",
         "ends",
         "has_usd",
@@ -61,13 +79,11 @@ class Plan:
         self.ends = any(s.limit.role != "requests" for s in shares)
         """Whether anything is to be given back."""
         # A function's are everybody's: what is left of them is nobody's business.
-        own = [_Shown(s) for s, _ in wants if s.is_rate and s.limit.level != "function"]
-        self.requests = [shown for shown in own if shown.share.limit.role == "requests"]
-        self.tokens = [shown for shown in own if shown.share.limit.role == "tokens"]
-        self._lines, self._lines_for = b"", 0
+        own = [s for s, _ in wants if s.is_rate and s.limit.level != "function"]
+        self.requests = [share for share in own if share.limit.role == "requests"]
+        self.tokens = [share for share in own if share.limit.role == "tokens"]
+        self._lines, self._lines_for = _Lines(), 0
         """Of the headers, and for which filling of the pocket they were made."""
-        self._rests: tuple[int, ...] = ()
-        """What remained besides the pocket, in the order of the lines."""
 
     def amounts(self, input_tokens: int, output_tokens: int) -> Amounts:
         """What a request takes that needs so many tokens at most."""
@@ -78,27 +94,27 @@ class Plan:
         """As `Admission.headers`. While the pocket is open all but what is in it stays as it is."""
         pocket = self.pocket
         if not pocket.is_open:
-            lines, rests = self._narrowest(remaining)
-            return lines % rests
+            return self._narrowest(remaining).with_pocket(0, 0)
         if self._lines_for != pocket.filled:
-            self._lines, self._rests = self._narrowest(remaining)
+            self._lines = self._narrowest(remaining)
             self._lines_for = pocket.filled
-        rests = self._rests
-        if len(rests) > 1:
-            return self._lines % (rests[0] + pocket.requests, rests[1] + pocket.tokens)
-        inside = pocket.requests if self.requests else pocket.tokens
-        return self._lines % tuple([rest + inside for rest in rests])
+        return self._lines.with_pocket(pocket.requests, pocket.tokens)
 
-    def _narrowest(self, remaining: Callable[[Share], int]) -> tuple[bytes, tuple[int, ...]]:
-        lines, rests = b"", []
-        for rates in (self.requests, self.tokens):
-            if rates:
-                left, shown = min([(remaining(s.share), s) for s in rates], key=itemgetter(0))
-                lines += shown.line
-                rests.append(left)
+    def _narrowest(self, remaining: Callable[[Share], int]) -> _Lines:
+        out = _Lines()
+        if self.requests:
+            out.requests, share = min([(remaining(s), s) for s in self.requests], key=itemgetter(0))
+            out.begin, out.end = _around(share)
+        if self.tokens:
+            out.tokens, share = min([(remaining(s), s) for s in self.tokens], key=itemgetter(0))
+            before, after = _around(share)
+            if self.requests:
+                out.between, out.end = out.end + before, after
+            else:
+                out.begin, out.end = before, after
         for share in self.budgets:
             percent = 100 * share.spent_by_all / share.limit.limit if share.limit.limit else 100.0
             if percent >= self.soft_percent:
-                lines += b"x-detoserve-budget: %d%%%%\r\n" % min(100, percent)
+                out.end += f"x-detoserve-budget: {int(min(100, percent))}%\r\n"
                 break
-        return lines, tuple(rests)
+        return out

@@ -6,6 +6,7 @@ Not here: whether it may enter (admitted).
 from __future__ import annotations
 
 import asyncio
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -18,7 +19,7 @@ from router.core.isolation import SALTED_ENGINES, SALTED_OPERATIONS, cache_salt
 from router.core.request import BodyInvalid, read_form, read_json
 from router.core.sessions import session_name
 from router.core.snapshot import Candidate, Target
-from router.core.splice import spans, spliced
+from router.core.splice import preceded, spans, spliced
 from router.exchange.stage import Stage
 from router.proxy import answers, targets
 from schemas.wire.routing import Function
@@ -26,6 +27,14 @@ from schemas.wire.routing import Function
 _PLAIN: Final = frozenset({b"", b"identity"})
 _ENCODINGS: Final = _PLAIN | {b"gzip", b"deflate"}
 _json: Final = msgspec.json.Encoder().encode
+
+
+@lru_cache(maxsize=4096)
+def _members(salt: str, stream_options: bytes | None) -> bytes:
+    members = b'"cache_salt":"%b",' % salt.encode() if salt else b""
+    if stream_options is not None:
+        members += b'"stream_options":%b,' % stream_options
+    return members
 
 
 class Asked(Stage):
@@ -146,13 +155,26 @@ class Asked(Stage):
                 return body
             return body[: span[0]] + function.served_name.encode() + body[span[1] :]
         endpoint = self._endpoint
-        values: dict[str, bytes] = {}
-        if model is not None and model != function.served_name:
-            values["model"] = _json(function.served_name)
+        renamed = model is not None and model != function.served_name
         self._metering = self._proxy.meter.plan(endpoint.task, function.engine, parsed)
-        if self._metering.stream_options is not None:
-            values["stream_options"] = self._metering.stream_options
+        options = self._metering.stream_options
         salted = function.engine in SALTED_ENGINES and endpoint.operation in SALTED_OPERATIONS
+        if (
+            not renamed
+            and parsed
+            and "cache_salt" not in parsed
+            and (options is None or "stream_options" not in parsed)
+        ):
+            # As nearly every body comes: nothing in it has to change.
+            members = _members(salt if salted else "", options)
+            whole = preceded(body, members) if members else body
+            if whole is not None:
+                return whole
+        values: dict[str, bytes] = {}
+        if renamed:
+            values["model"] = _json(function.served_name)
+        if options is not None:
+            values["stream_options"] = options
         if salted or "cache_salt" in parsed or not parsed:
             values["cache_salt"] = b'"%b"' % salt.encode()
         if not values:

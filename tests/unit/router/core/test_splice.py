@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.core.splice import spans, spliced
+from router.core.splice import preceded, spans, spliced
 
 KEYS = ("model", "stream_options", "cache_salt")
 VALUES = {
@@ -64,6 +64,22 @@ def test_it_says_what_a_parser_and_a_writer_would(pairs, data):
             assert value == json.loads(chosen[name]) or isinstance(value, list)
     kept = [(n, v) for n, v in all_pairs(body) if n not in chosen]
     assert [(n, v) for n, v in all_pairs(out) if n not in chosen] == kept
+
+
+@given(pairs=st.lists(st.tuples(names, values), max_size=6), data=st.data())
+def test_members_may_stand_before_its_own(pairs, data):
+    body = written(pairs, data)
+    out = preceded(body, b'"a":1,"b":{"c":2},')
+    if body.startswith(b'{"'):
+        assert json.loads(out) == {"a": 1, "b": {"c": 2}} | json.loads(body)
+        assert out.endswith(body[1:])
+    else:
+        assert out is None
+
+
+def test_members_stand_before_a_large_body_too():
+    body = b'{"x":"%b"}' % (b"y" * 20_000)
+    assert preceded(body, b'"a":1,') == b'{"a":1,"x":"%b"}' % (b"y" * 20_000)
 
 
 @given(pairs=st.lists(st.tuples(names, values), min_size=1, max_size=6), data=st.data())
