@@ -78,6 +78,10 @@ bench:
 bench-router *args: compile && uncompile
     python tests/bench/bench_router.py "$@"
 
+# Whether workers add up, each with the same part of a core (needs a control group that may be written)
+bench-workers *args: compile && uncompile
+    python tests/bench/bench_workers.py "$@"
+
 # Where routers send what, beside the same peers, over any trace in Mooncake's format; half an hour, --quick three minutes
 bench-routing *args: compile && uncompile
     python tests/bench/bench_routing.py "$@"
