@@ -30,9 +30,9 @@ GROUP: Final = "detoserve_router"
 """The library that all modules share is `detoserve_router__mypyc`."""
 HOT: Final = ("router/core", "router/exchange", "router/downstream", "router/upstream")
 HOT_FILES: Final = (
-    "brain", "conversation", "deadlines", "decisions", "finished", "in_flight", "journal_slots",
-    "limiter", "meter", "proxy", "queue", "records", "relay", "request_counts", "server", "sharing",
-    "signals", "state", "usage_journal",
+    "conversation", "deadlines", "decisions", "finished", "in_flight", "proxy", "records", "relay", "server",
+    "state", "fleet/brain", "fleet/sharing", "fleet/signals", "limits/limiter", "limits/queue",
+    "telemetry/request_counts", "usage/journal", "usage/meter", "usage/slots",
 )  # fmt: skip
 INTERPRETED: Final = frozenset(
     {

@@ -1,0 +1,1 @@
+"""The data plane: one OpenAI-compatible endpoint before many engines. ARCHITECTURE.md has its rooms."""

@@ -15,9 +15,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from router.build import is_compiled, version_name
 from router.core.pick import effective_policy
-from router.metrics import Metrics
 from router.server import health, ready
 from router.state import RouterState
+from router.telemetry.metrics import Metrics
 
 
 def _json(payload: Any, status: int = 200) -> web.Response:

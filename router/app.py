@@ -20,43 +20,43 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from router.access_log import AccessLog
 from router.admin import Admin
-from router.agent_listener import AgentListener, read_keys, tls_of
-from router.brain import Brain
 from router.build import version_name
-from router.channels import Channel
-from router.channels.redis_channel import RedisChannel
-from router.channels.socket_channel import SocketChannel
 from router.collector import OldGarbage
-from router.decision_metrics import DecisionMetrics
 from router.decisions import DecisionLog
 from router.downstream.connection import ClientServer
 from router.ending import end
-from router.engine_metrics import EngineMetrics
-from router.engine_watch import EngineWatch, ReportReader
 from router.finished import Finished
-from router.fleet_secret import derived, fleet_secret
-from router.heartbeat import Heartbeat
-from router.limit_metrics import LimitMetrics
-from router.limiter import Limiter
-from router.meter import Meter
-from router.metrics import Metrics
-from router.probes import Probes
+from router.fleet.agent_listener import AgentListener, read_keys, tls_of
+from router.fleet.brain import Brain
+from router.fleet.channels import Channel
+from router.fleet.channels.redis_channel import RedisChannel
+from router.fleet.channels.socket_channel import SocketChannel
+from router.fleet.engine_watch import EngineWatch, ReportReader
+from router.fleet.probes import Probes
+from router.fleet.secret import derived, fleet_secret
+from router.fleet.signals import Signals
+from router.limits.limiter import Limiter
 from router.proxy import Proxy
 from router.server import Api
 from router.session_store import SessionStore
 from router.settings import Settings, SettingsInvalid
 from router.shadow import Shadows
-from router.sharing_metrics import SharingMetrics
-from router.signals import Signals
 from router.state import RouterState
-from router.static_table import StaticTable
-from router.table import RedisTable
-from router.trace_settings import start_tracing
-from router.usage_journal import Journal
-from router.usage_metrics import UsageMetrics
-from router.usage_stream import UsageStream
+from router.tables.heartbeat import Heartbeat
+from router.tables.static_table import StaticTable
+from router.tables.table import RedisTable
+from router.telemetry.access_log import AccessLog
+from router.telemetry.decision_metrics import DecisionMetrics
+from router.telemetry.engine_metrics import EngineMetrics
+from router.telemetry.limit_metrics import LimitMetrics
+from router.telemetry.metrics import Metrics
+from router.telemetry.sharing_metrics import SharingMetrics
+from router.telemetry.trace_settings import start_tracing
+from router.telemetry.usage_metrics import UsageMetrics
+from router.usage.journal import Journal
+from router.usage.meter import Meter
+from router.usage.stream import UsageStream
 from schemas.wire.envelope import public_key_from_hex
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import RoutingTable

@@ -20,7 +20,7 @@ import uvloop
 from router.app import Router, serve
 from router.collector import calm
 from router.settings import SettingsInvalid, load
-from router.static_table import TableInvalid
+from router.tables.static_table import TableInvalid
 from router.workers import Workers, WorkersFailed, supervise
 
 _PR_SET_PDEATHSIG: Final = 1

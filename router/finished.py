@@ -5,11 +5,11 @@ Not here: what any of them makes of it.
 
 from __future__ import annotations
 
-from router.access_log import AccessLog
 from router.decisions import DecisionLog, outcome
+from router.fleet.signals import Signals
 from router.records import RequestRecord
-from router.request_counts import RequestCounts
-from router.signals import Signals
+from router.telemetry.access_log import AccessLog
+from router.telemetry.request_counts import RequestCounts
 
 
 class Finished:

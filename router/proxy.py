@@ -11,7 +11,6 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
-from router.brain import Brain
 from router.core import errors
 from router.core.api import Endpoint
 from router.core.auth import authenticate, identify
@@ -24,23 +23,24 @@ from router.core.snapshot import Principal, Snapshot, Target
 from router.deadlines import Deadlines
 from router.decisions import DecisionLog
 from router.downstream.request import Request
-from router.last_words import LastWords
-from router.limiter import Limiter
-from router.meter import Meter, Metered
-from router.queue import Queues
+from router.fleet.brain import Brain
+from router.fleet.signals import Signals
+from router.limits.limiter import Limiter
+from router.limits.queue import Queues
 from router.records import RequestRecord
 from router.session_store import SessionStore
 from router.settings import Settings
 from router.shadow import Shadows
-from router.signals import Signals
 from router.state import RouterState
 from router.upstream.connection import Connection
-from router.usage_months import UsageMonths
+from router.usage.last_words import LastWords
+from router.usage.meter import Meter, Metered
+from router.usage.months import UsageMonths
 from schemas.api_keys import PREFIX
 from schemas.wire.routing import Function, Tenant
 
 if TYPE_CHECKING:
-    from router.tracing import Tracing
+    from router.telemetry.tracing import Tracing
 
 _OWN_KEYS: Final = PREFIX.encode()
 

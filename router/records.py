@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from router.core.shapes import Usage
 
 if TYPE_CHECKING:
-    from router.tracing import RequestTrace
+    from router.telemetry.tracing import RequestTrace
 
 Outcome = Literal[
     "ok", "refused", "client_error", "upstream_error", "interrupted", "timeout", "client_gone"

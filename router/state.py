@@ -1,7 +1,7 @@
 """What one router process serves from: the current snapshot, and what it knows besides.
 
 A new table is swapped in between two requests; running ones keep the connection they have. Not here:
-where tables come from (table, static_table).
+where tables come from (tables).
 """
 
 from __future__ import annotations

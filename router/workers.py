@@ -25,8 +25,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from router.merge_metrics import merge
 from router.settings import ENV_PREFIX, Settings
+from router.telemetry.merge_metrics import merge
 
 _log: Final = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 The routing table says by SHA-256 which key counts for a cluster; the keys themselves are given to routers as secrets.
 What is wrong is told only to somebody who has a key: to others every refusal is the same. Not here:
-what the reports do (engine_reports), or HTTP (router.agent_listener).
+what the reports do (engine_reports), or HTTP (fleet.agent_listener).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ blocks of text: with it the index gives each replica the room that this router's
 have there. It shrinks where others' prompts and answers push them out, grows where the
 engine keeps what the index had given up, and needs nobody to know the tokenizer. Without KV events a
 block is as many tokens as engines count in prompts of its length. Not here: how reports come
-(router.engine_watch, router.agent_listener).
+(fleet.engine_watch, fleet.agent_listener).
 """
 
 from __future__ import annotations

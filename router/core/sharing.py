@@ -3,7 +3,7 @@
 Pure: messages come in as records, times are passed in. A router that says nothing for `EXPIRY_S` is
 taken for dead, and what it had with it. Loads are whole amounts, so a lost message costs only until
 the next about the same replica, or the next full one. What comes in moves the scores of replicas
-that the table names, and nothing else. Not here: how messages travel (router.sharing, router.channels).
+that the table names, and nothing else. Not here: how messages travel (fleet.sharing, fleet.channels).
 """
 
 from __future__ import annotations

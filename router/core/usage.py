@@ -3,7 +3,7 @@
 Engines say it themselves: in the body, in the stream's last event, or, where asked, in every event,
 so that a stream that breaks off is counted to its last token too. What the router asked for and the
 client did not is taken out of the stream again. An engine that says nothing is counted by events.
-Not here: who pays (usage_stream), or when bytes come and go (relay).
+Not here: who pays (usage.stream), or when bytes come and go (relay).
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from router.core.health import kept_out
 from router.core.pick import full
 from router.core.snapshot import Candidate
 from router.exchange.asked import Asked
-from router.limiter import Admission
+from router.limits.limiter import Admission
 from schemas.wire.routing import Function
 
 

@@ -9,13 +9,13 @@ import logging
 from time import perf_counter
 from typing import Final
 
-from router.brain import Sent
 from router.core import errors
 from router.core.errors import Refusal, Refused
 from router.core.health import Failure
 from router.core.retries import is_retryable
 from router.core.snapshot import Candidate
 from router.exchange.chosen import Chosen
+from router.fleet.brain import Sent
 from router.relay import Relay
 from router.upstream.connection import Connection, ResponseHead
 from router.upstream.failures import ConnectFailed, UpstreamFailed, UpstreamTimeout

@@ -9,7 +9,6 @@ import time
 from collections.abc import Collection, Sequence
 from time import perf_counter
 
-from router.brain import Sent
 from router.conversation import Conversation
 from router.core.arms import by_session, is_shadowed
 from router.core.health import kept_out
@@ -17,6 +16,7 @@ from router.core.pick import available, pick
 from router.core.record import Seen
 from router.core.snapshot import Candidate
 from router.exchange.admitted import Admitted
+from router.fleet.brain import Sent
 
 
 class Chosen(Admitted):

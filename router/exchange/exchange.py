@@ -13,10 +13,10 @@ from router.core.errors import Refusal, Refused
 from router.downstream.answer import STATUS_LINES, refuse
 from router.downstream.connection import where
 from router.exchange.attempts import Attempts
-from router.meter import Metered
 from router.relay import Framing, Relay
 from router.upstream.connection import ResponseHead
 from router.upstream.failures import UpstreamFailed, UpstreamTimeout
+from router.usage.meter import Metered
 
 _log: Final = logging.getLogger(__name__)
 _EVENTS: Final = b"text/event-stream"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
-from router.brain import Sent
 from router.conversation import Conversation
 from router.core.api import Endpoint
 from router.core.blocks import Prompt
@@ -24,15 +23,16 @@ from router.core.snapshot import Candidate, Principal, Snapshot, Target
 from router.core.usage import UNCHANGED, Metering
 from router.downstream.connection import ClientConnection
 from router.downstream.request import Request
-from router.limiter import Admission
-from router.meter import Metered
+from router.fleet.brain import Sent
+from router.limits.limiter import Admission
+from router.limits.queue import Place
 from router.proxy import Proxy
-from router.queue import Place
 from router.records import RequestRecord
 from router.relay import Relay
 from router.state import FunctionState, RouterState
 from router.upstream.connection import Connection, ResponseHead
 from router.upstream.pool import Pool
+from router.usage.meter import Metered
 from schemas.wire.routing import Function
 
 _UNPARSED: Final[Mapping[str, Any]] = MappingProxyType({})

@@ -19,9 +19,9 @@ from reconciler.publish.ledger_file import open_document
 from reconciler.publish.status_branch import StatusBranch
 from reconciler.publish.usage_source import UsageSource
 from router.core.shapes import Usage
-from router.journal_opened import Opened
-from router.usage_journal import Journal
-from router.usage_stream import UsageStream
+from router.usage.journal import Journal
+from router.usage.opened import Opened
+from router.usage.stream import UsageStream
 from schemas.wire.envelope import public_key_hex
 from schemas.wire.events import MonthToDate
 from schemas.wire.redis_keys import USAGE_ACKED, USAGE_STREAM, usage_month

@@ -15,8 +15,8 @@ from reconciler.publish.redis_edge import connect
 from reconciler.publish.signals import SignalsWatch
 from reconciler.publish.valkey import EmbeddedValkey
 from router.core.shapes import Usage
+from router.fleet.signals import Signals
 from router.records import Outcome, RequestRecord
-from router.signals import Signals
 from router.state import RouterState
 from schemas.wire import redis_keys
 from schemas.wire.events import EngineReport

@@ -22,7 +22,7 @@ from redis.asyncio import Redis
 from reconciler.publish.valkey import EmbeddedValkey
 from router.core.errors import Refusal
 from router.core.snapshot import Principal, snapshot
-from router.limiter import Admission, Limiter
+from router.limits.limiter import Admission, Limiter
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant
 
 SECONDS = 4.0

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from router.channels import Channel
-from router.channels.redis_channel import RedisChannel
-from router.channels.socket_channel import SocketChannel
+from router.fleet.channels import Channel
+from router.fleet.channels.redis_channel import RedisChannel
+from router.fleet.channels.socket_channel import SocketChannel
 from tests.behaviour.publish_fixtures import running_valkey
 from tests.support import eventually
 

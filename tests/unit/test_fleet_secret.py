@@ -3,7 +3,7 @@ from __future__ import annotations
 import stat
 
 from reconciler.up.fleet_secret import secret_file
-from router.fleet_secret import fleet_secret
+from router.fleet.secret import fleet_secret
 from router.settings import Settings
 
 

@@ -21,6 +21,7 @@ from schemas import api_keys
 from schemas.wire.routing import Arm, Cluster, Function, Key, Policy, Replica, RoutingTable, Tenant
 
 KEY = api_keys.create()
+ALMOST_KEY = KEY.text[:-1] + ("a" if KEY.text[-1] != "a" else "b")
 FOREIGN_KEY = "My API Key"
 ROUND_ROBIN = Policy(name="round-robin")
 

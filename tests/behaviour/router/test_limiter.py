@@ -17,7 +17,7 @@ from reconciler.publish.valkey import EmbeddedValkey
 from router.core.errors import Refusal
 from router.core.shares import WINDOW_S
 from router.core.snapshot import Principal, snapshot
-from router.limiter import Admission, Limiter
+from router.limits.limiter import Admission, Limiter
 from schemas.wire import redis_keys
 from schemas.wire.routing import Budget, Function, Key, Limits, Price, RoutingTable, Tenant
 from tests.support import eventually, free_port

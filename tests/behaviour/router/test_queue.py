@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from router.core.errors import Refusal
-from router.queue import Place, Queues
+from router.limits.queue import Place, Queues
 from schemas.wire.routing import Function, Policy, Tenant
 from tests.support import eventually
 

@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from router.core.health import FIRST_EJECTION_S
-from router.probes import Probes
+from router.fleet.probes import Probes
 from schemas.wire.routing import Arm, Cluster, Function, Policy, Replica
 from tests.behaviour.router.harness import (
     CHAT,

@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from router.core.sessions import session_key
-from router.fleet_secret import derived, fleet_secret
+from router.fleet.secret import derived, fleet_secret
 from router.session_store import SessionStore
 from router.settings import Settings, SettingsInvalid
 from schemas.wire import redis_keys

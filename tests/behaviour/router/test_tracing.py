@@ -11,8 +11,8 @@ import time
 import msgspec
 import pytest
 
-from router import tracing
 from router.settings import SettingsInvalid
+from router.telemetry import tracing
 from tests.behaviour.router.harness import (
     CHAT,
     KEY,
@@ -418,7 +418,7 @@ def test_off_imports_neither_the_sdk_nor_the_exporter(tmp_path):
         f"    async with Router(Settings(routes={str(path)!r}, port=0, admin_port=0)):\n"
         "        pass\n"
         "asyncio.run(run())\n"
-        "ours = 'router.tracing', 'opentelemetry.sdk.trace', 'opentelemetry.exporter', 'google'\n"
+        "ours = 'router.telemetry.tracing', 'opentelemetry.sdk.trace', 'opentelemetry.exporter', 'google'\n"
         "print([name for name in sys.modules if name.startswith(ours)])"
     )
     done = subprocess.run(
@@ -428,8 +428,8 @@ def test_off_imports_neither_the_sdk_nor_the_exporter(tmp_path):
 
 
 async def test_switched_on_without_the_package_the_router_does_not_start(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "router.tracing")
-    monkeypatch.delattr("router.tracing")
+    monkeypatch.delitem(sys.modules, "router.telemetry.tracing")
+    monkeypatch.delattr("router.telemetry.tracing")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsInvalid, match=r"otlp_endpoint: .*detoserve\[router,otel\]"):
         async with running_router(routing_table(), tmp_path, otlp_endpoint="http://127.0.0.1:4318"):

@@ -8,10 +8,10 @@ from contextlib import asynccontextmanager
 import pytest
 from redis.exceptions import RedisError
 
-from router import usage_stream
 from router.core.shapes import Usage
-from router.usage_journal import Journal, Opened
-from router.usage_stream import UsageStream
+from router.usage import stream as usage_stream
+from router.usage.journal import Journal, Opened
+from router.usage.stream import UsageStream
 from schemas.wire.events import usage_record
 from schemas.wire.redis_keys import USAGE_ACKED, USAGE_SENT, USAGE_STREAM
 from schemas.wire.routing import Price

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 import time
 
-from router.brain import Brain, Sent
 from router.core.blocks import Prompt, chain_seed, hash_blocks
 from router.core.snapshot import snapshot
+from router.fleet.brain import Brain, Sent
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import Arm, Function, Policy, Replica, RoutingTable
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.access_log import line
 from router.in_flight import InFlight
-from router.merge_metrics import merge
 from router.records import RequestRecord
+from router.telemetry.access_log import line
+from router.telemetry.merge_metrics import merge
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), max_size=30), st.randoms())

@@ -9,7 +9,7 @@ import pytest
 from router.core.api import PASSED
 from router.openapi import document
 from router.settings import ENV_PREFIX, Settings, SettingsInvalid, load, parser
-from router.static_table import TableInvalid, read
+from router.tables.static_table import TableInvalid, read
 
 
 def test_a_flag_wins_over_the_environment_and_that_over_the_file(tmp_path):

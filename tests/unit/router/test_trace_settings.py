@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from router.settings import Settings, SettingsInvalid, load
-from router.trace_settings import start_tracing, traces_endpoint
+from router.telemetry.trace_settings import start_tracing, traces_endpoint
 
 SECRET = "hunter2"
 

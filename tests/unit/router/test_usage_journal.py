@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from router.core.shapes import Usage
-from router.journal_slots import HEADER_BYTES, KINDS_AT, NARROW_BYTES, SEGMENT_BYTES
-from router.usage_journal import Journal, JournalBusy, Opened
+from router.usage.journal import Journal, JournalBusy, Opened
+from router.usage.slots import HEADER_BYTES, KINDS_AT, NARROW_BYTES, SEGMENT_BYTES
 from schemas.wire.events import UsageRecord, usage_record
 from schemas.wire.routing import Price
 
@@ -59,7 +59,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path[:0] = {[str(Path.cwd())]!r}
 from tests.unit.router.test_usage_journal import OPENED, USAGE, finish
-from router.usage_journal import Journal
+from router.usage.journal import Journal
 journal = Journal.create(Path({str(tmp_path)!r}))
 finish(journal, journal.open(OPENED), 5)
 journal.open(OPENED)  # nothing of an answer came

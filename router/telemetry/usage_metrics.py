@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from router.core.shapes import Usage
-from router.usage_stream import UsageStream
+from router.usage.stream import UsageStream
 
 
 class UsageMetrics(Collector):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from router.settings import Settings, SettingsInvalid, check_otlp_endpoint
 
 if TYPE_CHECKING:
-    from router.tracing import Tracing
+    from router.telemetry.tracing import Tracing
 
 _log: Final = logging.getLogger(__name__)
 _PATH: Final = "/v1/traces"
@@ -72,7 +72,7 @@ def start_tracing(
         return None
     switch, endpoint = target
     try:
-        from router.tracing import Tracing  # noqa: PLC0415 - costs nothing while it is off
+        from router.telemetry.tracing import Tracing  # noqa: PLC0415 - costs nothing while it is off
     except ModuleNotFoundError as error:
         raise SettingsInvalid(
             f"{switch}: traces need OpenTelemetry ({error.name} is missing): install the extra "

@@ -10,9 +10,9 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from router.meter import Metered
 from router.upstream.connection import Connection, ResponseHead
 from router.upstream.failures import UpstreamFailed
+from router.usage.meter import Metered
 
 LISTENS_S: Final = 0.25
 """Then the connection is cut: some engines do not notice that one half is closed."""

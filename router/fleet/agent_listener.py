@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from router.core.agent_auth import AgentGate, AgentKeys, AgentRefused, replicas_of
-from router.engine_watch import ReportReader
+from router.fleet.engine_watch import ReportReader
 from router.settings import Settings, SettingsInvalid
 from schemas.wire import agent_signature, redis_keys
 from schemas.wire.events import VERSION, AgentAnswer, AgentPost, EngineReport

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.limiter import Limiter
-from router.queue import Queues
+from router.limits.limiter import Limiter
+from router.limits.queue import Queues
 
 
 class LimitMetrics(Collector):

@@ -1,7 +1,7 @@
 """What a journal keeps of a request that is under way, for whoever has to finish it.
 
 msgspec reads its annotations while the program runs, so that this module stays as it is where others
-are compiled. Not here: the journal (usage_journal).
+are compiled. Not here: the journal (journal).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A write is a copy, not a system call, and what is in the file survives a SIGKILL (though not a machine
 that stops). A wide slot has room for what is known of a request while it runs; a narrow one for its
 record alone, which is all that most requests leave. Each segment of the file has slots of one size, for
-good. Not here: what is in them (usage_journal).
+good. Not here: what is in them (journal).
 
     header: the journal's own, from KINDS_AT on one byte a segment: which slots it has
     segments

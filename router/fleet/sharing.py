@@ -15,10 +15,10 @@ from typing import Final
 
 import msgspec
 
-from router.channels import Channel
 from router.core.route import States
 from router.core.sharing import Journal, Learn, Peers
 from router.ending import end
+from router.fleet.channels import Channel
 from schemas.wire.events import Event, LoadBatch
 
 _log: Final = logging.getLogger(__name__)

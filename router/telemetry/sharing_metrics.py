@@ -8,7 +8,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from router.sharing import Sharing
+from router.fleet.sharing import Sharing
 
 
 class SharingMetrics(Collector):

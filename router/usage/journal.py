@@ -3,7 +3,7 @@
 One file for each router process. A stream takes a slot with its first word of usage, notes in it what
 it has used so far, and leaves its record there until the ledger has it; a request that ends in one
 piece leaves its record alone. Whoever finds the journal of a process that died finishes it. Not here:
-room in the file (journal_slots), sending (usage_stream).
+room in the file (slots), sending (stream).
 
     header:      magic, journal's name, greatest number that the ledger has
     wide slot:   state, lengths | what is known at the start | usage so far | the finished record
@@ -27,8 +27,8 @@ import msgspec
 from router.core.shapes import NOTHING, Usage
 from router.core.usage import cost_nano_usd
 from router.core.usage_json import running_usage
-from router.journal_opened import Opened, read_opened
-from router.journal_slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
+from router.usage.opened import Opened, read_opened
+from router.usage.slots import MOST_SEGMENTS, NARROW_BYTES, WIDE_BYTES, Slots
 from schemas.wire.events import UsageRecord, usage_record
 
 SUFFIX: Final = ".journal"

@@ -1,7 +1,7 @@
 """Meters requests: which usage is asked of an engine, what of its answer tells it, what is recorded.
 
 One `Metered` a request that was sent to an engine, from its answer's first bytes until it is over.
-All of it is synchronous and in memory. Not here: how records leave this process (usage_stream).
+All of it is synchronous and in memory. Not here: how records leave this process (stream).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from router.core.usage import (
     metering,
 )
 from router.core.usage_json import BYTES_A_TOKEN
-from router.journal_opened import Opened
 from router.records import RequestRecord
-from router.usage_journal import Journal
+from router.usage.journal import Journal
+from router.usage.opened import Opened
 from schemas.wire.events import UsageRecord
 from schemas.wire.routing import Function
 

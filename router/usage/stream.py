@@ -3,7 +3,7 @@
 A record stays in its journal until the reconciler has committed it to Git, so that Redis may be
 away, be emptied or fail over in between: what it lost is sent again. One atomic call sends a batch,
 and passes over what is there already. No request waits here. Not here: what a record says (meter),
-or how it outlives this process (usage_journal).
+or how it outlives this process (journal).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Final
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from router.usage_journal import Journal, JournalBusy, journals_in
+from router.usage.journal import Journal, JournalBusy, journals_in
 from schemas.wire import redis_keys
 
 _log: Final = logging.getLogger(__name__)

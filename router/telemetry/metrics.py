@@ -21,8 +21,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from router.core.pick import effective_policy
-from router.request_counts import RequestCounts
 from router.state import RouterState
+from router.telemetry.request_counts import RequestCounts
 
 
 class Metrics(Collector):

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from router.channels import Receive
+from router.fleet.channels import Receive
 
 _SUFFIX: Final = ".sock"
 _RECEIVED_MAX_BYTES: Final = 2**18

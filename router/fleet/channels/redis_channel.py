@@ -14,8 +14,8 @@ from typing import Final
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from router.channels import Receive
 from router.ending import end
+from router.fleet.channels import Receive
 from schemas.wire import redis_keys
 
 _log: Final = logging.getLogger(__name__)

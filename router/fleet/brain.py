@@ -24,7 +24,7 @@ from router.core.snapshot import Candidate, Snapshot
 from router.core.speeds import Speeds
 from router.core.trust import in_engine_tokens
 from router.core.turnover import Turnover
-from router.sharing import Sharing
+from router.fleet.sharing import Sharing
 from schemas.wire.events import EngineReport
 from schemas.wire.routing import Function
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from router.brain import Brain
-from router.engine_watch import ReportReader
+from router.fleet.brain import Brain
+from router.fleet.engine_watch import ReportReader
 
 
 class EngineMetrics(Collector):

@@ -1,0 +1,1 @@
+"""Where routing tables come from, and who hears that one is served."""
