@@ -27,7 +27,7 @@ _log: Final = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
 _ADOPT_EVERY_S: Final = 5.0
-_BATCH: Final = 500
+_BATCH: Final = 1000
 _FAREWELL_S: Final = 3.0
 _FULL: Final = 1_000_000
 """Entries that nobody reads, at which no more are put into the stream."""
