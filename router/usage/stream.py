@@ -26,6 +26,8 @@ from schemas.wire import redis_keys
 _log: Final = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 0.25
+_ASK_EVERY: Final = 4
+"""Intervals after which Redis is asked how far the ledger is, where there is nothing to send."""
 _ADOPT_EVERY_S: Final = 5.0
 _BATCH: Final = 1000
 _FAREWELL_S: Final = 3.0
@@ -101,11 +103,15 @@ class UsageStream:
 
     async def run(self) -> None:
         """Sends until cancelled, through everything that can happen to Redis."""
+        quiet = 0
         while True:
             self._adopt()
+            sending = any(journal.waiting for journal in (self._own, *self._adopted))
+            quiet = 0 if sending else quiet + 1
             try:
-                await self.flush()
-                self._say("")
+                if quiet % _ASK_EVERY == 0:
+                    await self.flush()
+                    self._say("")
             except (RedisError, OSError, TimeoutError) as error:
                 self._say(f"usage records wait for Redis: {type(error).__name__}")
                 await asyncio.sleep(min(1.0, 4 * self._interval_s))

@@ -1,7 +1,7 @@
 """Clients that cost little, and what they saw as one JSON line: `python tests/bench/http_load.py URL`.
 
-Every connection sends a request, reads its answer and sends the next, until --seconds are over. With
---tokens, answers are streams, and the clients begin spread over --spread-s, or, with 0, all at once. Every
+Every connection sends a request, reads its answer and sends the next, until --seconds are over; with
+--rate, not before its turn of so many requests a second of all. With --tokens, answers are streams, and the clients begin spread over --spread-s, or, with 0, all at once. Every
 request has a prompt of its own behind a beginning that all share. What is not a whole answer with
 status 200 is counted as an error. Not a model of users.
 """
@@ -47,8 +47,10 @@ def requests(url: str, key: str, tokens: int, count: int = 64) -> list[bytes]:
 class Seen:
     """What all clients saw together. Times are in seconds."""
 
-    def __init__(self, until: float, *, stream: bool) -> None:
+    def __init__(self, until: float, *, stream: bool, every_s: float = 0.0) -> None:
         self.until = until
+        self.every_s = every_s
+        """Between two requests of a client; 0: the next follows the answer."""
         self.stream = stream
         self.took: list[float] = []
         self.first: list[float] = []
@@ -64,6 +66,7 @@ class Client(asyncio.Protocol):
         self._number = number
         self._seen = seen
         self._sent_at = 0.0
+        self._turn_at = 0.0
         self._first_at = 0.0
         self._start = b""
         self._tail = b""
@@ -74,6 +77,7 @@ class Client(asyncio.Protocol):
         self._transport = transport
 
     def send(self) -> None:
+        self._turn_at = self._turn_at or time.perf_counter()
         self._number += 1
         self._start = self._tail = b""
         self._missing = -1
@@ -114,11 +118,14 @@ class Client(asyncio.Protocol):
             self._seen.first.append((self._first_at or now) - self._sent_at)
         else:
             self._seen.errors += 1
-        if now < self._seen.until:
-            self.send()
-        else:
+        self._turn_at += self._seen.every_s
+        if max(now, self._turn_at) >= self._seen.until:
             self._sent_at = 0.0
             self._transport.close()
+        elif self._turn_at > now:
+            asyncio.get_running_loop().call_later(self._turn_at - now, self.send)
+        else:
+            self.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._sent_at:
@@ -136,11 +143,19 @@ def percentiles_ms(times_s: list[float]) -> dict[str, float]:
 
 
 async def run(
-    url: str, key: str, *, connections: int, seconds: float, tokens: int, spread_s: float
+    url: str,
+    key: str,
+    *,
+    connections: int,
+    seconds: float,
+    rate: float,
+    tokens: int,
+    spread_s: float,
 ) -> dict[str, object]:
     loop, place = asyncio.get_running_loop(), urlsplit(url)
     payloads = requests(url, key, tokens)
-    seen = Seen(0.0, stream=bool(tokens))
+    seen = Seen(0.0, stream=bool(tokens), every_s=connections / rate if rate else 0.0)
+    spread_s = spread_s or seen.every_s
     clients = []
     for number in range(connections):
         _, client = await loop.create_connection(
@@ -171,6 +186,7 @@ if __name__ == "__main__":
     parser.add_argument("--key", default="")
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=3.0)
+    parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--tokens", type=int, default=0)
     parser.add_argument("--spread-s", type=float, default=0.0)
     chosen = parser.parse_args()
@@ -182,6 +198,7 @@ if __name__ == "__main__":
                     chosen.key,
                     connections=chosen.connections,
                     seconds=chosen.seconds,
+                    rate=chosen.rate,
                     tokens=chosen.tokens,
                     spread_s=chosen.spread_s,
                 )
