@@ -173,6 +173,8 @@ class Pool:
                 if number == len(addresses):
                     raise
             else:
+                if connection.closed:
+                    raise ConnectFailed("the connection was lost at once")
                 opened = transport.get_extra_info("socket")
                 for level, option, value in self._options:
                     opened.setsockopt(level, option, value)

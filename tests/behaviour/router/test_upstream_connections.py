@@ -123,3 +123,22 @@ async def test_who_acknowledges_nothing_any_more_is_given_up_for_another(tmp_pat
         assert len(silent.received) == 1
         assert len(good.received) == 3
         assert list(router.router.state.breakers) == ["sim-r0"]
+
+
+async def test_an_engine_that_hangs_up_at_once_is_no_fault_of_the_router(tmp_path):
+    async def hang_up(_, writer):
+        writer.transport.abort()
+
+    server = await asyncio.start_server(hang_up, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with (
+        fake_engine() as good,
+        running_router(
+            routing_table(function(url, good.url, policy=ROUND_ROBIN)), tmp_path
+        ) as router,
+    ):
+        for _ in range(20):
+            router.router.state.breakers.clear()
+            assert b" 200 OK" in await answered(router, CHAT)
+        assert len(good.received) == 20
+    server.close()
