@@ -312,7 +312,7 @@ async def test_a_router_that_is_killed_loses_no_request_without_a_first_byte(tmp
             asyncio.create_task(client.chat.completions.create(model="sim", messages=long))
             for _ in range(10)
         ]
-        await eventually(lambda: engine.open == 10)
+        await eventually(lambda: len(engine.received) == 10)
         carried = {router.url: await in_flight(envoy, router) for router in (first, second)}
         assert sum(carried.values()) == 10
         victim = max((first, second), key=lambda router: carried[router.url])
