@@ -17,6 +17,7 @@ from tests.behaviour.router.harness import (
     fake_engine,
     function,
     post,
+    raw,
     routing_table,
     running_router,
 )
@@ -80,25 +81,17 @@ async def test_a_spare_that_the_engine_closed_does_no_harm(tmp_path):
         assert not running.router.router.state.breakers
 
 
-async def answered(router: RunningRouter, body: bytes) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", router.port)
-    writer.write(post(body))
-    answer = await reader.read()
-    writer.close()
-    return answer
-
-
 async def test_an_idle_connection_is_kept_as_long_as_the_engine_keeps_it(tmp_path):
     async with (
         fake_engine() as engine,
         running_router(routing_table(function(engine.url)), tmp_path) as router,
     ):
         for _ in range(3):
-            assert b" 200 OK" in await answered(router, CHAT)
+            assert b" 200 OK" in await raw(router.port, post(CHAT))
         assert engine.connections == 1
         engine.writers[0].close()
         await eventually(lambda: not engine.open)
-        assert b" 200 OK" in await answered(router, CHAT)
+        assert b" 200 OK" in await raw(router.port, post(CHAT))
         assert engine.connections == 2
         assert not router.router.state.breakers
 
@@ -114,12 +107,12 @@ async def test_who_acknowledges_nothing_any_more_is_given_up_for_another(tmp_pat
         ) as router,
     ):
         for _ in range(2):
-            assert b" 200 OK" in await answered(router, CHAT)
+            assert b" 200 OK" in await raw(router.port, post(CHAT))
         # As a machine that is gone: what is sent is not taken, and nobody says why.
         silent.writers[0].transport.pause_reading()
         long = CHAT.replace(b"hi", b"hi" * 8 * 2**20)
         for _ in range(2):
-            assert b" 200 OK" in await answered(router, long)
+            assert b" 200 OK" in await raw(router.port, post(long), timeout_s=30)
         assert len(silent.received) == 1
         assert len(good.received) == 3
         assert list(router.router.state.breakers) == ["sim-r0"]
@@ -139,6 +132,6 @@ async def test_an_engine_that_hangs_up_at_once_is_no_fault_of_the_router(tmp_pat
     ):
         for _ in range(20):
             router.router.state.breakers.clear()
-            assert b" 200 OK" in await answered(router, CHAT)
+            assert b" 200 OK" in await raw(router.port, post(CHAT))
         assert len(good.received) == 20
     server.close()
